@@ -1,0 +1,43 @@
+"""Gemma 3, text (Gemma team 2025): five sliding layers to one full, norms before and after, q/k norms, scaled embedding."""
+
+from jaxpaged.models import standard
+from jaxpaged.models.decoder import DecoderConfig, LayerSpec
+from jaxpaged.models.standard import HF, Name
+
+MODEL_TYPES = ("gemma3_text",)
+IGNORED = standard.IGNORED
+
+def decoder_config(hf: HF) -> DecoderConfig:
+    return standard.decoder(
+        hf,
+        _layers(hf),
+        activation=standard.activation(hf.get("hidden_activation", "gelu_pytorch_tanh")),
+        norm_offset=1.0,
+        qk_norm=True,
+        post_norms=True,
+        attention_bias=bool(hf.get("attention_bias", False)),
+        out_bias=bool(hf.get("attention_bias", False)),
+        query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+        attention_soft_cap=hf.get("attn_logit_softcapping"),
+        logit_soft_cap=hf.get("final_logit_softcapping"),
+        embed_scale=hf["hidden_size"] ** 0.5,
+        tie=bool(hf.get("tie_word_embeddings", True)),
+        head_dim=hf.get("head_dim", 256),
+    )
+
+
+def _layers(hf: HF) -> tuple[LayerSpec, ...]:
+    full = standard.rope(hf, "rope_theta", "full_attention")
+    local = standard.rope(hf, "rope_local_base_freq", "sliding_attention", scaled=False)
+    if hf.get("layer_types") is not None:
+        hf.get("sliding_window_pattern")  # said twice; layer_types decides
+        windows = standard.windows(hf, hf["sliding_window"])
+    else:
+        every = hf.get("sliding_window_pattern", 6)
+        window = hf["sliding_window"]
+        windows = tuple(None if (i + 1) % every == 0 else window for i in range(hf["num_hidden_layers"]))
+    return tuple(LayerSpec(full if w is None else local, w) for w in windows)
+
+
+def names(config: DecoderConfig) -> tuple[Name, ...]:
+    return standard.NAMES + standard.PRE_AND_POST_NORM

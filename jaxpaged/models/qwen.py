@@ -1,0 +1,31 @@
+"""Qwen2, Qwen2.5 (biases on q, k, v) and Qwen3 (norms on q and k instead)."""
+
+from jaxpaged.models import standard
+from jaxpaged.models.decoder import DecoderConfig, LayerSpec
+from jaxpaged.models.standard import HF, Name
+
+MODEL_TYPES = ("qwen2", "qwen3")
+IGNORED = standard.IGNORED
+
+
+def decoder_config(hf: HF) -> DecoderConfig:
+    turn = standard.rope(hf)
+    layers = tuple(LayerSpec(turn, w) for w in _windows(hf))
+    if hf["model_type"] == "qwen2":
+        return standard.decoder(hf, layers, attention_bias=True)
+    bias = bool(hf.get("attention_bias", False))
+    return standard.decoder(hf, layers, attention_bias=bias, out_bias=bias, qk_norm=True)
+
+
+def _windows(hf: HF) -> tuple[int | None, ...]:
+    """Layers from `max_window_layers` on slide, if `use_sliding_window` says so; it mostly does not."""
+    window, first = hf.get("sliding_window"), hf.get("max_window_layers", 0)
+    if not hf.get("use_sliding_window", False):
+        window = None
+    if hf.get("layer_types") is not None:
+        return standard.windows(hf, window)
+    return tuple(window if i >= first else None for i in range(hf["num_hidden_layers"]))
+
+
+def names(config: DecoderConfig) -> tuple[Name, ...]:
+    return standard.NAMES + standard.PRE_NORM

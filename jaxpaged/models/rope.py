@@ -1,0 +1,112 @@
+"""Rotary position embeddings and their scalings. Angles are float32: bfloat16 keeps 769 of the first 4,096 positions.
+
+Source: Su et al. 2021 (RoPE); Peng et al. 2023 (YaRN); Llama 3.1's report for "llama3". Frequencies are computed with
+numpy when the model is built, so that they are constants of the compiled step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+DEFAULT_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """What a layer rotates by. `frequencies`: radians per position, one for each pair of dimensions (rotary_dim / 2 of
+    them; dimensions beyond are not rotated). `scale` multiplies cos and sin (YaRN's attention factor)."""
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+
+    def tables(self, positions: Array) -> tuple[Array, Array]:
+        """positions int32 [T] -> cos, sin float32 [T, rotary_dim / 2]."""
+        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.frequencies, jnp.float32)[None]
+        return jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """x [T, heads, D]; the first half of the rotated dimensions pairs with the second (GPT-NeoX order, as in HF)."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None].astype(x.dtype), sin[:, None].astype(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def make_rope(dim: int, theta: float, scaling: dict[str, Any] | None = None, max_positions: int = 0) -> Rope:
+    """`dim` rotated dimensions, base `theta`, and Hugging Face's `rope_scaling` (or `rope_parameters`) dictionary.
+
+    `max_positions`: the config's max_position_embeddings, YaRN's fallback for the length the model was trained with.
+    Raises ValueError for a kind that is not known.
+    """
+    frequencies = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
+    if kind not in _KINDS:
+        raise ValueError(f"rope_scaling kind {kind!r} is not supported; supported: {', '.join(_KINDS)}.")
+    frequencies, scale = _KINDS[kind](frequencies, theta, scaling, max_positions)
+    return Rope(tuple(float(f) for f in frequencies), scale)
+
+
+def _default(frequencies, theta, scaling, max_positions):
+    return frequencies, 1.0
+
+
+def _linear(frequencies, theta, scaling, max_positions):
+    return frequencies / scaling["factor"], 1.0
+
+
+def _freq_factors(frequencies, theta, scaling, max_positions):
+    """llama.cpp stores the divisor of each frequency (Llama 3's scaling, worked out) in the tensor rope_freqs."""
+    return frequencies / np.asarray(scaling["factors"], np.float64), 1.0
+
+
+def _llama3(frequencies, theta, scaling, max_positions):
+    """Long waves are slowed by `factor`, short ones kept, those between blended."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # turns over the trained length
+    keep = np.clip((waves - low) / (high - low), 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / factor), 1.0
+
+
+def _yarn(frequencies, theta, scaling, max_positions):
+    factor, dim = scaling["factor"], 2 * len(frequencies)
+    trained = scaling.get("original_max_position_embeddings") or max_positions
+
+    def dimension(turns: float) -> float:
+        """The (fractional) pair of dimensions that turns so often over the trained length."""
+        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.get("beta_fast") or 32.0), dimension(scaling.get("beta_slow") or 1.0)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    slow = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return frequencies * (1 - slow) + frequencies / factor * slow, _yarn_scale(scaling, factor)
+
+
+def _yarn_scale(scaling, factor: float) -> float:
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
+
+
+_KINDS = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "freq_factors": _freq_factors,
+}

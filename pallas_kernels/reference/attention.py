@@ -1,0 +1,142 @@
+"""Ragged paged attention in plain jnp, fast enough to carry the engine on CPU.
+
+Work is proportional to what the sequences hold, not to the width of the page table: two loops with trip counts known
+only at run time, one over groups of decode rows and one over tiles of each chunk's queries, and inside both the same
+walk over blocks of keys with an online softmax. A block is gathered from its pages just before it is used, so that it
+is still in the cache of the CPU: on 32 sequences of 256 tokens this takes a quarter of the time of gathering each
+whole sequence first.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+BLOCK = 128  # keys a step of the walk
+DECODE_ROWS = 4  # decode rows walked together: their trip count is the longest one's
+TILE = 64  # queries of a chunk walked together
+MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be NaN
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    kv_lens: Array,
+    query_start: Array,
+    counts: Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+) -> tuple[Array, Array]:
+    """See `pallas_kernels.ops.paged_attention`."""
+    T, H, _ = q.shape
+    rows, group = page_table.shape[0], min(DECODE_ROWS, page_table.shape[0])
+    tile = min(TILE, T)
+    pad = max(tile, group)
+    # Tiles and groups may reach past the last token: room for it, so that no slice is moved back by clamping.
+    q = jnp.pad(q, ((0, pad), (0, 0), (0, 0)))
+    row_pad = (0, -rows % group)
+    page_table = jnp.pad(page_table, (row_pad, (0, -page_table.shape[1] % _pages_a_block(k_pages))))
+    kv_lens = jnp.pad(kv_lens, row_pad)
+
+    def walk(queries: Array, positions: Array, row: Array, num_rows: int) -> tuple[Array, Array]:
+        pages = lax.dynamic_slice_in_dim(page_table, row, num_rows, 0)
+        return _walk(queries, positions, pages, k_pages, v_pages, scale, window, soft_cap, sinks)
+
+    def decode_group(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        row = i * group
+        queries = lax.dynamic_slice_in_dim(q, row, group, 0)[:, None]  # [group, 1, H, D]: row r's token is token r
+        positions = lax.dynamic_slice_in_dim(kv_lens, row, group, 0)[:, None] - 1
+        out, lse = walk(queries, positions, row, group)
+        return _put(carry, row, out[:, 0], lse[:, 0])
+
+    def chunk_row(row: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, stop = query_start[row], query_start[row + 1]
+        shift = kv_lens[row] - stop  # position of a token = its place in the batch + shift
+
+        def chunk_tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            first = start + i * tile
+            queries = lax.dynamic_slice_in_dim(q, first, tile, 0)[None]  # [1, tile, H, D]
+            # Queries past the row's end are recomputed by the next row, which comes later; here they must be finite.
+            positions = jnp.minimum(first + jnp.arange(tile), stop - 1)[None] + shift
+            out, lse = walk(queries, positions, row, 1)
+            return _put(carry, first, out[0], lse[0])
+
+        return lax.fori_loop(0, (stop - start + tile - 1) // tile, chunk_tile, carry)
+
+    carry = jnp.zeros_like(q), jnp.zeros((T + pad, H), jnp.float32)
+    num_groups = (counts[0] + group - 1) // group
+    carry = lax.fori_loop(0, num_groups, decode_group, carry)
+    if T > 1:  # a chunk has at least two tokens
+        carry = lax.fori_loop(counts[0], counts[1], chunk_row, carry)
+    out, lse = carry
+    return out[:T], lse[:T]
+
+
+def _pages_a_block(k_pages: Array) -> int:
+    return max(1, BLOCK // k_pages.shape[1])
+
+
+def _put(carry: tuple[Array, Array], first: Array, out: Array, lse: Array) -> tuple[Array, Array]:
+    outs, lses = carry
+    outs = lax.dynamic_update_slice_in_dim(outs, out.astype(outs.dtype), first, 0)
+    return outs, lax.dynamic_update_slice_in_dim(lses, lse, first, 0)
+
+
+def _walk(
+    queries: Array,
+    positions: Array,
+    pages: Array,
+    k_pages: Array,
+    v_pages: Array,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Array | None,
+) -> tuple[Array, Array]:
+    """Attention of N rows with Q queries each. queries [N, Q, H, D], positions [N, Q] (-1: an unused row), pages
+    [N, M]. Returns out [N, Q, H, D] and lse [N, Q, H]."""
+    N, Q, H, D = queries.shape
+    K, G = k_pages.shape[1:3]
+    per_block = _pages_a_block(k_pages)
+    size = per_block * K
+    # The queries of one kv head together: [N, G, Q * H/G, D], so that each block is one matrix product a head.
+    x = queries.reshape(N, Q, G, H // G, D).transpose(0, 2, 1, 3, 4).reshape(N, G, -1, D).astype(jnp.float32) * scale
+    last = jnp.repeat(positions, H // G, axis=1)[:, None]  # [N, 1, Q * H/G]
+    first_block = 0 if window is None else jnp.maximum(jnp.min(positions) - window + 1, 0) // size
+    num_blocks = jnp.max(positions) // size + 1
+
+    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        m, l, acc = carry
+        ids = lax.dynamic_slice_in_dim(pages, i * per_block, per_block, 1)
+        k = k_pages.at[ids].get(mode="promise_in_bounds").reshape(N, size, G, D).astype(jnp.float32)
+        v = v_pages.at[ids].get(mode="promise_in_bounds").reshape(N, size, G, D).astype(jnp.float32)
+        s = jnp.einsum("ngqd,ntgd->ngqt", x, k)
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        at = i * size + jnp.arange(size)
+        seen = at[None, None, None] <= last[..., None]
+        if window is not None:
+            seen &= at[None, None, None] > last[..., None] - window
+        s = jnp.where(seen, s, MASKED)
+        m_new = jnp.maximum(m, s.max(-1))
+        shrink = jnp.exp(m - m_new)
+        p = jnp.where(seen, jnp.exp(s - m_new[..., None]), 0.0)
+        acc = acc * shrink[..., None] + jnp.einsum("ngqt,ntgd->ngqd", p, v)
+        return m_new, l * shrink + p.sum(-1), acc
+
+    rows = (N, G, x.shape[2])
+    start = jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((*rows, D))
+    m, l, acc = lax.fori_loop(first_block, num_blocks, block, start)
+    if sinks is not None:
+        sink = jnp.tile(sinks.astype(jnp.float32).reshape(1, G, 1, H // G), (1, 1, Q, 1)).reshape(1, G, -1)
+        m_new = jnp.maximum(m, sink)
+        shrink = jnp.exp(m - m_new)
+        m, l, acc = m_new, l * shrink + jnp.exp(sink - m_new), acc * shrink[..., None]
+    l = jnp.maximum(l, jnp.finfo(jnp.float32).tiny)  # unused rows: 0 / tiny, not 0 / 0
+    out, lse = acc / l[..., None], m + jnp.log(l)
+    out = out.reshape(N, G, Q, H // G, D).transpose(0, 2, 1, 3, 4).reshape(N, Q, H, D)
+    return out, lse.reshape(N, G, Q, H // G).transpose(0, 2, 1, 3).reshape(N, Q, H)
