@@ -171,9 +171,12 @@ class Embedding(nnx.Module):
         """int32 [T] -> [E, T]."""
         return self.weight[...].at[tokens].get(mode="clip").T
 
-    def logits(self, x: Array) -> Array:
-        """[E, R] -> float32 [V, R]."""
-        return columns_product(self.weight[...], x, jnp.float32)
+
+def head_logits(weight: Array, hidden: Array, config: DecoderConfig) -> Array:
+    """Head W [V, E] times hidden [E, R] -> logits float32 [R, V]."""
+    logits = columns_product(weight, hidden, jnp.dtype(jnp.float32)).T
+    cap = config.logit_soft_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 class Decoder(nnx.Module):
@@ -200,9 +203,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[E, R] -> float32 [R, V]."""
-        logits = (self.head or self.embed).logits(hidden).T
-        cap = self.config.logit_soft_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return head_logits((self.head or self.embed).weight[...], hidden, self.config)
 
     def __call__(self, tokens: Array) -> Array:
         """Whole sequences, causal, without a cache: tokens int32 [B, T] -> logits float32 [B, T, V]."""

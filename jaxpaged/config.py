@@ -1,0 +1,152 @@
+"""EngineConfig: everything an engine can be told, with vLLM's names where vLLM has them. Frozen and checked.
+
+"auto" values are turned into numbers by `resolve`, as a new value, once the model and the device are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from jaxpaged.request import RequestError, refuse_unknown
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+POLICIES = ("fcfs", "priority")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to build an engine.
+
+    model: "demo", "demo-gemma3", a Hugging Face id, a folder or a .gguf file. tokenizer: another place for it.
+    dtype: of weights, activations and cache; "auto" is float32 on CPU (where XLA's bfloat16 is 10 times slower) and
+      bfloat16 on GPU.
+    max_model_len: longest sequence in tokens, prompt and output; "auto" is the model's own limit.
+    block_size: tokens a page ("auto": 16 on CPU, 32 on GPU). num_gpu_blocks_override: exactly so many pages.
+    kv_cache_memory_bytes: exactly so much memory for the cache; else what gpu_memory_utilization leaves.
+    max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens a step.
+    long_prefill_token_threshold: longest chunk of one prompt a step; 0: no limit but the budget.
+    async_scheduling: dispatch a step before the last one's tokens are read.
+    enforce_eager: compile each program when it is first needed instead of all at the start.
+    hf_overrides: changes to the model's config.json. generation_config: "auto" takes default sampling parameters from
+      the model's generation_config.json, "vllm" takes none.
+    kernel_backend: of pallas_kernels. compilation_cache_dir: where compiled programs are kept ("auto": the user's cache
+      folder; None: nowhere).
+    """
+
+    model: str = "demo"
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    dtype: str = "auto"
+    seed: int = 0
+    load_format: str = "auto"
+    revision: str | None = None
+    hf_token: str | None = None
+    hf_overrides: dict[str, Any] | None = None
+    generation_config: str = "auto"
+    chat_template: str | None = None
+    max_model_len: int | str | None = "auto"
+    block_size: int | str = "auto"
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    max_num_seqs: int | str = "auto"
+    max_num_batched_tokens: int | str = "auto"
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    scheduling_policy: str = "fcfs"
+    async_scheduling: bool = True
+    max_logprobs: int = 20
+    enforce_eager: bool = False
+    kernel_backend: str = "auto"
+    compilation_cache_dir: str | None = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    trust_remote_code: bool = False
+    disable_log_stats: bool = True
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        refuse_unknown("the engine", kwargs, [f.name for f in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_model_len", _length(self.max_model_len))
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("load_format", self.load_format, LOAD_FORMATS)
+        _one_of("scheduling_policy", self.scheduling_policy, POLICIES)
+        _one_of("generation_config", self.generation_config, ("auto", "vllm"))
+        for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _positive(name, getattr(self, name), auto=True)
+        for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise RequestError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
+        if self.max_logprobs < 0 or self.long_prefill_token_threshold < 0:
+            raise RequestError("max_logprobs and long_prefill_token_threshold must be >= 0.")
+        self._check_not_yet()
+
+    def _check_not_yet(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self, name) != 1:
+                raise RequestError(f"{name}={getattr(self, name)} is not supported: this version runs on one device.")
+        if self.trust_remote_code:
+            raise RequestError("trust_remote_code=True is refused: no code of a checkpoint is ever run.")
+        if not self.enable_chunked_prefill:
+            raise RequestError("enable_chunked_prefill=False is not supported: prompts are always read in chunks; "
+                               "raise max_num_batched_tokens to read a whole prompt in one step.")  # fmt: skip
+
+    def replace(self, **changes: Any) -> EngineConfig:
+        return replace(self, **changes)
+
+    def resolve(self, platform: str, model_max_len: int) -> EngineConfig:
+        """A config without "auto", for a device platform ("cpu", "gpu") and the model's longest sequence.
+
+        RequestError if max_model_len is more than the model was made for."""
+        cpu = platform == "cpu"
+        wanted = model_max_len if self.max_model_len == "auto" else self.max_model_len
+        if int(wanted) > model_max_len:
+            raise RequestError(f"max_model_len={wanted} is more than the {model_max_len} positions of this model; lower "
+                               "it, or say otherwise with hf_overrides={'max_position_embeddings': ...}.")  # fmt: skip
+        if self.max_model_len == "auto" and cpu:
+            wanted = min(model_max_len, 8192)
+        seqs = _auto(self.max_num_seqs, 32 if cpu else 256)
+        return self.replace(
+            dtype=("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype,
+            max_model_len=int(wanted),
+            block_size=_auto(self.block_size, 16 if cpu else 32),
+            max_num_seqs=seqs,
+            max_num_batched_tokens=max(_auto(self.max_num_batched_tokens, 512 if cpu else 8192), seqs),
+        )
+
+
+def _auto(value: int | str, default: int) -> int:
+    return default if value == "auto" else int(value)
+
+
+def _length(value: int | str | None) -> int | str:
+    """vLLM's forms of a length: None, -1 and "auto"; 4096; "4k" = 4,000; "4K" = 4,096."""
+    if value is None or value == -1 or value == "auto":
+        return "auto"
+    if isinstance(value, str):
+        number, factor = value[:-1], {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}.get(value[-1:], 0)
+        try:
+            return int(float(number) * factor) if factor else int(value)
+        except ValueError:
+            raise RequestError(f'max_model_len must be a number of tokens such as 4096, "4k" or "auto", got {value!r}.',
+                               "max_model_len") from None  # fmt: skip
+    return value
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RequestError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.", name)
+
+
+def _positive(name: str, value: Any, auto: bool = False) -> None:
+    if auto and value == "auto":
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RequestError(f"{name} must be a positive integer{' or auto' if auto else ''}, got {value!r}.", name)

@@ -1,0 +1,318 @@
+"""The engine: the one owner of mutation. inbox -> schedule -> dispatch -> collect -> commit -> outputs.
+
+Everything it drives is a value or a protocol: the scheduler's `State` goes through pure functions, the device is behind
+`Runner`. With `async_scheduling` a step is dispatched before the previous one's tokens are read: the host then works
+while the device does. Tokens are the same either way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+from jaxpaged import admission, batch, scheduler
+from jaxpaged.batch import Batch, Bucket, Sampled
+from jaxpaged.outputs import Group, Track
+from jaxpaged.request import FinishReason, Request, RequestError, RequestMetrics, RequestOutput, SamplingParams
+from jaxpaged.scheduler import Limits, Plan
+from jaxpaged.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """The device, as the engine sees it."""
+
+    def dispatch(self, batch: Batch) -> Any:
+        """Enqueues one step and returns a handle at once."""
+
+    def collect(self, handle: Any) -> Sampled:
+        """Waits for the step of a handle."""
+        ...
+
+    def recover(self) -> bool:
+        """After a step that failed: makes the device fit to go on. True if the cache's contents were lost."""
+        ...
+
+    def close(self) -> None:
+        """Frees the device memory."""
+
+
+class InFlight(NamedTuple):
+    plan: Plan
+    batch: Batch
+    handle: Any
+
+
+@dataclass
+class Counters:
+    """Totals since the engine was built. Times in seconds."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    host_time: float = 0.0
+    wait_time: float = 0.0
+    failed_steps: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Requests in, outputs out, one `step()` at a time.
+
+    `tokenizer` may be None: then prompts are token ids and there is no text. `seed` draws the seeds of requests that
+    bring none: the same requests in the same order get the same seeds.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        runner: Runner,
+        buckets: Sequence[Bucket],
+        tokenizer: Tokenizer | None = None,
+        eos_ids: frozenset[int] = frozenset(),
+        max_logprobs: int = 20,
+        async_scheduling: bool = True,
+        seed: int = 0,
+    ):
+        self.limits, self.runner, self.tokenizer = limits, runner, tokenizer
+        self.eos_ids, self.max_logprobs = eos_ids, max_logprobs
+        self.async_scheduling, self.seed = async_scheduling, seed
+        self.state = scheduler.initial(limits)
+        self.counters = Counters()
+        self._buckets = tuple(buckets)
+        self._inbox: deque[tuple[str, Any]] = deque()  # append and popleft are atomic: any thread may submit
+        self._in_flight: deque[InFlight] = deque()
+        self._groups: dict[str, Group] = {}
+        self._tracks: dict[str, tuple[Group, Track]] = {}  # by the id of the single-sample request
+        self._reserved: set[str] = set()  # ids submitted and not finished
+        self._num_submitted = 0
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+        prompt_text: str | None = None,
+    ) -> None:
+        """Checks a request and puts it into the inbox. RequestError, and nothing is kept, if it can never be served."""
+        if request_id in self._reserved:
+            raise RequestError(f"request id {request_id!r} is in use; ids must be unique among live requests.", "id")
+        request = admission.make_request(
+            request_id, prompt, params, self.limits, self.tokenizer, self.eos_ids, self.max_logprobs,
+            priority=priority, cache_salt=cache_salt, prompt_text=prompt_text,
+        )  # fmt: skip
+        self._num_submitted += 1
+        request = replace(request, arrival=self._num_submitted, params=self._with_seed(params, self._num_submitted))
+        scheduler.check_fits(self.limits, request)
+        self._reserved.add(request_id)
+        self._inbox.append(("add", (request, time.monotonic())))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; what it has produced so far comes with finish_reason "abort". Unknown ids are ignored."""
+        self._inbox.append(("abort", request_id))
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached page that no running request holds, and shares none of those held."""
+        self._inbox.append(("reset", None))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._inbox or self._groups or self._in_flight)
+
+    def _with_seed(self, params: SamplingParams, number: int) -> SamplingParams:
+        if params.seed is not None or params.greedy:
+            return params
+        drawn = hashlib.blake2b(f"{self.seed}/{number}".encode(), digest_size=8).digest()
+        return params.clone(seed=int.from_bytes(drawn, "little"))
+
+    # -- stepping ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Takes events, dispatches at most one batch, and reads the oldest one that has run. Returns what is new."""
+        start = time.perf_counter()
+        outputs = self._take_events()
+        batch_ = self._schedule()
+        try:
+            dispatched = batch_ is not None and self._dispatch(*batch_)
+            filling = dispatched and self.async_scheduling and len(self._in_flight) == 1
+            sampled = None if filling or not self._in_flight else self._wait()
+        except Exception as error:  # a step that fails takes its own requests down, not the engine
+            outputs += self._fail(error)
+        else:
+            if sampled is not None:
+                outputs += self._commit(self._in_flight.popleft(), sampled)
+        self.counters.host_time += time.perf_counter() - start
+        return outputs
+
+    def _take_events(self) -> list[RequestOutput]:
+        outputs = []
+        while self._inbox:
+            kind, value = self._inbox.popleft()
+            if kind == "add":
+                self._add(*value)
+            elif kind == "abort":
+                outputs += self._abort(value)
+            else:
+                self.state = scheduler.reset_prefix_cache(self.state)
+        return outputs
+
+    def _add(self, request: Request, arrived: float) -> None:
+        children = _samples(request)
+        tracks = [Track(i, child, self.tokenizer) for i, child in enumerate(children)]
+        group = Group(request, tracks, RequestMetrics(arrival_time=arrived))
+        self._groups[request.id] = group
+        self.counters.prompt_tokens += len(request.prompt)
+        for child, track in zip(children, tracks):
+            self.state = scheduler.add(self.state, child)
+            self._tracks[child.id] = group, track
+
+    def _abort(self, request_id: str) -> list[RequestOutput]:
+        group = self._groups.get(request_id)
+        if group is None:
+            return []
+        for track in group.tracks:
+            if track.finish_reason is None:
+                self.state = scheduler.abort(self.state, track.request.id)
+                track.end(FinishReason.ABORT)
+                group.changed.add(track.index)
+        return self._report([group])
+
+    def _schedule(self) -> tuple[Plan, Batch] | None:
+        """The next batch; None if there is nothing to compute now."""
+        self.state, plan = scheduler.schedule(self.state)
+        self._note_scheduled(plan)
+        if not len(plan.slots):
+            return None
+        return plan, batch.build(self.state, plan, batch.choose(self._buckets, plan))
+
+    def _dispatch(self, plan: Plan, built: Batch) -> bool:
+        # In flight before it is dispatched: if dispatching fails, the plan is undone with the others.
+        self._in_flight.append(InFlight(plan, built, None))
+        self._in_flight[-1] = InFlight(plan, built, self.runner.dispatch(built))
+        self.counters.steps += 1
+        self.counters.computed_tokens += int(plan.num_tokens.sum())
+        return True
+
+    def _wait(self) -> Sampled:
+        """The results of the oldest step in flight, which stays there until they are committed."""
+        start = time.perf_counter()
+        sampled = self.runner.collect(self._in_flight[0].handle)
+        self.counters.wait_time += time.perf_counter() - start
+        return sampled
+
+    def _note_scheduled(self, plan: Plan) -> None:
+        now = time.monotonic()
+        for request_id, num_cached in plan.admitted:
+            group = self._tracks[request_id][0]
+            if group.num_cached_tokens is None:
+                group.num_cached_tokens = num_cached
+                group.update(scheduled_time=now)
+        for request_id in plan.preempted:
+            group = self._tracks[request_id][0]
+            group.update(num_preemptions=group.metrics.num_preemptions + 1)
+
+    def _commit(self, step: InFlight, sampled: Sampled) -> list[RequestOutput]:
+        self.state, committed = scheduler.commit(self.state, step.plan, sampled.tokens, sampled.finite)
+        if sampled.prompt_logprobs is not None:
+            self._score_prompts(step, sampled)
+        touched = {}
+        for request_id, slot, generation, token, finish, row in committed.items():
+            group, track = self._tracks[request_id]
+            touched[group.request.id] = group
+            if self._push(group, track, token, finish, sampled, row):
+                self.state = scheduler.finish(self.state, slot, generation)
+        return self._report(touched.values())
+
+    def _push(self, group: Group, track: Track, token: int, finish: FinishReason | None, sampled: Sampled, row: int):
+        """One token for one track; True if a stop string ended it."""
+        now = time.monotonic()
+        group.changed.add(track.index)
+        if finish is FinishReason.ERROR:
+            group.error = "the model's logits are not numbers (NaN or infinite): its weights or activations overflow."
+            track.end(finish)
+            return False
+        self.counters.generated_tokens += 1
+        first = group.metrics.first_token_time or now
+        count = group.metrics.num_generation_tokens + 1
+        group.update(first_token_time=first, last_token_time=now, num_generation_tokens=count)
+        return track.push(token, finish, sampled.logprobs, row)
+
+    def _score_prompts(self, step: InFlight, sampled: Sampled) -> None:
+        assert sampled.prompt_logprobs is not None
+        for row, request in enumerate(step.plan.requests):
+            entry = self._tracks.get(request.id)
+            if entry is None or request.params.prompt_logprobs is None:
+                continue
+            at = int(step.batch.query_start[row])
+            count = int(step.plan.num_tokens[row])
+            entry[0].score_prompt(int(step.plan.start[row]), count, sampled.prompt_logprobs, at, self.tokenizer)
+
+    def _report(self, groups: Any) -> list[RequestOutput]:
+        outputs = []
+        for group in groups:
+            output = group.output()
+            if output is not None:
+                outputs.append(output)
+            if group.finished:
+                self._forget(group)
+        return outputs
+
+    def _forget(self, group: Group) -> None:
+        for track in group.tracks:
+            self._tracks.pop(track.request.id, None)
+            reason = str(track.finish_reason)
+            self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        self._groups.pop(group.request.id, None)
+        self._reserved.discard(group.request.id)
+
+    # -- failing -----------------------------------------------------------------------------------------------------
+
+    def _fail(self, error: Exception) -> list[RequestOutput]:
+        """Ends the requests of every step in flight; the others go on."""
+        log.exception("a step failed; its requests end with an error")
+        self.counters.failed_steps += 1
+        failed: set[str] = set()
+        while self._in_flight:
+            self.state, ids = scheduler.fail(self.state, self._in_flight.popleft().plan)
+            failed.update(ids)
+        if self.runner.recover():
+            self.state, ids = scheduler.fail_running(self.state)
+            failed.update(ids)
+        return self._report(self._mark_failed(failed, error))
+
+    def _mark_failed(self, ids: set[str], error: Exception) -> list[Group]:
+        groups = {}
+        for request_id in ids:
+            group, track = self._tracks[request_id]
+            group.error = f"{type(error).__name__}: {error}"
+            track.end(FinishReason.ERROR)
+            group.changed.add(track.index)
+            groups[group.request.id] = group
+        return list(groups.values())
+
+    def close(self) -> None:
+        """Ends everything and frees the device memory."""
+        self._in_flight.clear()
+        self.runner.close()
+
+
+def _samples(request: Request) -> list[Request]:
+    """n requests of one sample each; they share the prompt's pages through the prefix cache."""
+    n, params = request.params.n, request.params
+    if n == 1:
+        return [request]
+    seed = params.seed or 0
+    return [
+        replace(request, id=f"{request.id}/{i}", params=params.clone(n=1, seed=(seed + i) % 2**64)) for i in range(n)
+    ]

@@ -1,0 +1,242 @@
+"""The runner: weights, cache and carry on the device, and the compiled programs that advance them.
+
+Every program is compiled ahead of time for its fixed shapes and called as a compiled object, which cannot recompile.
+`dispatch` enqueues and returns; `collect` waits. The order of dispatch is the order on the device, so a page freed on
+the host may be given away at once: whoever writes it next does so after everybody who still reads it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxpaged import kv_cache, packing, programs
+from jaxpaged.batch import Batch, Bucket, Sampled, TokenLogprobs, Variant
+from jaxpaged.models.decoder import Decoder, DecoderConfig
+from jaxpaged.programs import Dims
+from pallas_kernels.ops import Ops
+
+COPIES = 8  # pages that one call of the copy program copies
+
+Progress = Callable[[str, float], None]
+"""(what was compiled, seconds it took)."""
+
+
+def abstract_decoder(config: DecoderConfig, dtype: Any) -> tuple[nnx.GraphDef, Any, dict[str, jax.ShapeDtypeStruct]]:
+    """The model without memory: graph, tree of its leaves, and {dotted path: shape and dtype} in the tree's order."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.dtype(dtype))))
+    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+    leaves, treedef = jax.tree.flatten(state)
+    return graph, treedef, {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in zip(paths, leaves)}
+
+
+class Handle(NamedTuple):
+    """A dispatched step: arrays that will be there."""
+
+    tokens: Array
+    logprobs: Any
+    prompt_logprobs: Any
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device, as the compiler states them."""
+
+    weights: int
+    cache: int
+    temporaries: int  # of the largest program
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.temporaries
+
+
+class ModelRunner:
+    """Runs batches of one model on one device.
+
+    leaves: {dotted path: array} for every path of `abstract_decoder`. buckets: the shapes that batches may have.
+    lazy: compile a program when it is first needed instead of all of them in `warm_up`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        leaves: Mapping[str, Array],
+        buckets: Sequence[Bucket],
+        dims: Dims,
+        ops: Ops,
+        cache_dtype: Any,
+        device: jax.Device,
+        lazy: bool = False,
+    ):
+        self.config, self.dims, self.ops, self.device, self.lazy = config, dims, ops, device, lazy
+        self.buckets, self.cache_dtype = tuple(buckets), jnp.dtype(cache_dtype)
+        weight = next(iter(leaves.values()))
+        self._graph, self._treedef, abstract = abstract_decoder(config, weight.dtype)
+        self._leaves = tuple(leaves[path] for path in abstract)
+        self._head = leaves["embed.weight" if config.tie else "head.weight"]
+        self._programs: dict[tuple, Any] = {}
+        self.num_compilations = 0
+        self._caches: tuple[Array, ...] = ()
+        self._last_token = jax.device_put(jnp.zeros((dims.num_slots,), jnp.int32), device)
+
+    # -- compiling ---------------------------------------------------------------------------------------------------
+
+    def warm_up(self, progress: Progress = lambda what, seconds: None, threads: int = 2) -> None:
+        """Compiles every program: traced one by one, compiled `threads` at a time. Then allocates the cache."""
+        keys = [] if self.lazy else self._all_programs()
+
+        def compile_one(key: tuple, lowered: Any) -> None:
+            start = time.perf_counter()
+            self._programs[key] = lowered.compile()
+            progress(_describe(key), time.perf_counter() - start)
+
+        with ThreadPoolExecutor(threads) as pool:
+            for future in [pool.submit(compile_one, key, self._lower(key)) for key in keys]:
+                future.result()
+        self.num_compilations += len(keys)
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Creates the cache, empty. The old one, if any, is let go first."""
+        self._caches = ()
+        d = self.dims
+        self._caches = tuple(
+            kv_cache.create(self.config, d.num_pages, d.page_size, self.cache_dtype, self.device)
+        )
+
+    def memory(self) -> Memory:
+        """What the compiled programs need, from XLA's `memory_analysis()`."""
+        temporaries = 0
+        for program in self._programs.values():
+            analysis = program.memory_analysis()
+            if analysis is not None:
+                temporaries = max(temporaries, analysis.temp_size_in_bytes)
+        weights = sum(x.nbytes for x in self._leaves)
+        page = kv_cache.page_bytes(self.config, self.dims.page_size, self.cache_dtype)
+        return Memory(weights, page * self.dims.num_pages, temporaries)
+
+    def _all_programs(self) -> list[tuple]:
+        keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
+        rows = sorted({bucket.num_rows for bucket in self.buckets})
+        keys += [("sample", r, variant) for r in rows for variant in Variant]
+        keys += [("score", r) for r in rows]
+        keys += [("score_prompt", bucket.num_tokens) for bucket in self.buckets]
+        return [*keys, ("copy",)]
+
+    def _lower(self, key: tuple) -> Any:
+        d, leaves = self.dims, [_spec(x) for x in self._leaves]
+        caches = kv_cache.specs(self.config, d.num_pages, d.page_size, self.cache_dtype)
+        head, last, E = _spec(self._head), _spec(self._last_token), self.config.embed_dim
+        act = self._head.dtype
+        match key:
+            case ("forward", bucket):
+                f = programs.make_forward(self._graph, self._treedef, self.config, self.ops, bucket, d)
+                packed = _ints(packing.size(programs.forward_layout(bucket, d)))
+                return jax.jit(f, donate_argnums=1).lower(tuple(leaves), tuple(caches), last, packed)
+            case ("sample", rows, variant):
+                f = programs.make_sample(self.config, rows, variant, d)
+                packed = _ints(packing.size(programs.sample_layout(rows, variant, d)))
+                return jax.jit(f, donate_argnums=2).lower(head, jax.ShapeDtypeStruct((E, rows), act), last, packed)
+            case ("score", rows):
+                logits = jax.ShapeDtypeStruct((rows, d.vocab_size), jnp.float32)
+                return jax.jit(programs.make_score(d)).lower(logits, _ints(2, rows))
+            case ("score_prompt", tokens):
+                hidden = jax.ShapeDtypeStruct((E, tokens), act)
+                return jax.jit(programs.make_score_prompt(self.config, d)).lower(head, hidden, _ints(tokens))
+            case ("copy",):
+                return jax.jit(programs.copy_pages, donate_argnums=0).lower(tuple(caches), _ints(COPIES, 2))
+        raise AssertionError(key)
+
+    def _program(self, *key: Any) -> Any:
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = self._lower(key).compile()
+            self.num_compilations += 1
+        return program
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def dispatch(self, batch: Batch) -> Handle:
+        """Enqueues copies, decoder, sampler and what logprobs are asked for. Returns before any of it has run."""
+        bucket = Bucket(len(batch.tokens), len(batch.slots))
+        self._copy(batch.copies)
+        packed = self._put(packing.pack(programs.forward_layout(bucket, self.dims), batch._asdict()))
+        forward = self._program("forward", bucket)
+        self._caches, hidden, rows = forward(self._leaves, self._caches, self._last_token, packed)
+        tokens, self._last_token, logits = self._sample(batch, rows)
+        logprobs = prompt_logprobs = None
+        if batch.num_logprobs >= 0:
+            logprobs = self._program("score", bucket.num_rows)(logits, tokens)
+        if batch.prompt_logprobs:
+            program = self._program("score_prompt", bucket.num_tokens)
+            prompt_logprobs = program(self._head, hidden, self._put(batch.targets))
+        handle = Handle(tokens, logprobs, prompt_logprobs)
+        for array in jax.tree.leaves(handle):
+            array.copy_to_host_async()
+        return handle
+
+    def collect(self, handle: Handle) -> Sampled:
+        """Waits for a step and brings its results to the host."""
+        tokens, finite = np.asarray(handle.tokens)
+        return Sampled(tokens, finite != 0, _to_host(handle.logprobs), _to_host(handle.prompt_logprobs))
+
+    def close(self) -> None:
+        """Frees the device memory of cache, carry and programs."""
+        for array in (*self._caches, self._last_token):
+            array.delete()
+        self._caches, self._leaves, self._programs = (), (), {}
+
+    def _sample(self, batch: Batch, rows: Array) -> tuple[Array, Array, Array]:
+        fields = batch._asdict() | batch.sampling._asdict()
+        if batch.variant == Variant.FULL:
+            assert batch.edits is not None
+            last = np.maximum(batch.query_start[1:] - 1, 0)
+            fields |= batch.edits._asdict() | {"carried": batch.carried[last]}
+        num_rows = len(batch.slots)
+        packed = self._put(packing.pack(programs.sample_layout(num_rows, batch.variant, self.dims), fields))
+        return self._program("sample", num_rows, batch.variant)(self._head, rows, self._last_token, packed)
+
+    def _copy(self, copies: np.ndarray) -> None:
+        for at in range(0, len(copies), COPIES):
+            pairs = np.full((COPIES, 2), (0, self.dims.num_pages), np.int32)
+            part = copies[at : at + COPIES]
+            pairs[: len(part)] = part
+            self._caches = self._program("copy")(self._caches, self._put(pairs))
+
+    def _put(self, array: np.ndarray) -> Array:
+        return jax.device_put(array, self.device)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _spec(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _to_host(values: Any) -> TokenLogprobs | None:
+    return None if values is None else TokenLogprobs(*(np.asarray(x) for x in values))
+
+
+def _describe(key: tuple) -> str:
+    match key:
+        case ("forward", bucket):
+            return f"decoder, {bucket.num_tokens} tokens"
+        case ("sample", rows, variant):
+            return f"sampler {variant.name.lower()}, {rows} rows"
+        case ("score", rows):
+            return f"logprobs, {rows} rows"
+        case ("score_prompt", tokens):
+            return f"prompt logprobs, {tokens} tokens"
+    return key[0]
