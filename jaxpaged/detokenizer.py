@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 REPLACEMENT = "\ufffd"
-BYTEWISE = "jaxpaged.bytewise"  # U+FFFD for every byte that is not UTF-8, as SentencePiece; "replace" has one a sequence
+BYTEWISE = "jaxpaged.bytewise"  # one U+FFFD for each byte that is not UTF-8, as SentencePiece has it
 codecs.register_error(BYTEWISE, lambda e: (REPLACEMENT * (e.end - e.start), e.end))  # type: ignore[attr-defined]
 
 
@@ -164,8 +164,8 @@ class StopStrings:
 class Detokenizer:
     """The text of one sequence while its tokens come in.
 
-    tokenizer: `pieces` (Pieces or None), `decode(ids, skip_special_tokens)`, `special_ids`. prompt_ids: the context: the
-    text is that of prompt and output together, less the prompt's. params: SamplingParams, of which `detokenize`,
+    tokenizer: `pieces` (Pieces or None), `decode(ids, skip_special_tokens)`, `special_ids`. prompt_ids: the context:
+    the text is that of prompt and output together, less the prompt's. params: SamplingParams, of which `detokenize`,
     `skip_special_tokens`, `stop`, `include_stop_str_in_output` and `min_tokens` are read.
     `spaces_between_special_tokens` has no effect: it belongs to tokenizers that join tokens by spaces.
 

@@ -109,8 +109,8 @@ def _base(keys: _Keys, shapes: Shapes, model_type: str) -> dict[str, Any]:
         "vocab_size": shapes["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in shapes,
         "hidden_act": "silu" if model_type != "gemma3_text" else None,
-        "attention_bias": any(name.endswith("attn_q.bias") for name in shapes),
-        "mlp_bias": any(name.endswith("ffn_down.bias") for name in shapes),
+        "attention_bias": None if model_type == "qwen2" else any(n.endswith("attn_q.bias") for n in shapes),
+        "mlp_bias": any(n.endswith("ffn_down.bias") for n in shapes),
     }
 
 

@@ -68,7 +68,7 @@ class Tensor(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        return (self.shape[-1] if self.shape else 1) // self.type.block * self.type.nbytes
+        return self.shape[-1] // self.type.block * self.type.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +78,7 @@ class Tensor(NamedTuple):
 class _Cursor:
     """Reads the header front to back; `_Short` when the file ends first."""
 
-    def __init__(self, data: mmap.mmap | bytes):
+    def __init__(self, data: mmap.mmap):
         self.data, self.size, self.at = data, len(data), 0
 
     def take(self, n: int) -> int:
@@ -144,10 +144,10 @@ def read_header(path: str | Path) -> Header:
         if size < 24:
             raise ValueError(f"{path} is not a GGUF file: it has {size} bytes.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(path, data[:] if size < 1 << 16 else data)
+            return _parse(path, data)
 
 
-def _parse(path: str | Path, data: mmap.mmap | bytes) -> Header:
+def _parse(path: str | Path, data: mmap.mmap) -> Header:
     cursor = _Cursor(data)
     _check_start(path, data[:4], cursor)
     num_tensors, num_keys = cursor.u64(), cursor.u64()
@@ -201,9 +201,10 @@ def _tensors(path: str | Path, entries: list, start: int, size: int) -> dict[str
         if name in tensors:
             raise ValueError(f"{path} has the tensor {name} twice.")
         tensors[name] = Tensor(name, shape, _quant_type(path, name, kind), start + offset)
-        row = shape[-1] if shape else 1
-        if row % tensors[name].type.block:
-            raise ValueError(f"{path}: tensor {name} has rows of {row}, no multiple of {tensors[name].type}.")
+        block = tensors[name].type.block
+        if not shape or 0 in shape or shape[-1] % block:
+            raise ValueError(f"{path}: tensor {name} of type {tensors[name].type.name} has the impossible shape {shape} "
+                             f"(blocks of {block}).")
     for t in sorted(tensors.values(), key=lambda t: t.offset):
         if t.offset + t.nbytes > size:
             has = max(0, size - t.offset)
@@ -261,7 +262,7 @@ class GGUFCheckpoint:
         if heads:
             raw = unpermute(raw, heads)
         offset = -1.0 if self.arch == "gemma3" and name.endswith("norm.weight") else 0.0
-        flat = out.reshape(-1, out.shape[-1]) if out.ndim else out.reshape(1, 1)
+        flat = out.reshape(-1, out.shape[-1])
         step = max(1, BLOCK_ELEMENTS // max(1, flat.shape[1]))
         for i in range(0, len(flat), step):
             values = dequantise(raw[i : i + step], tensor.type).reshape(flat[i : i + step].shape)

@@ -340,10 +340,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def set_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Makes `encode(add_special_tokens=True)` put these tokens before and after the text (None: nothing)."""
+    """Makes `encode(add_special_tokens=True)` put these tokens, and no others, before and after the text."""
     ends = [t for t in (bos, eos) if t is not None]
-    if not ends:
-        return
     single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     pair = [*single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
     pairs = [(t, tokenizer.token_to_id(t)) for t in dict.fromkeys(ends)]
@@ -353,7 +351,7 @@ def set_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
 # ------------------------------------------------------------------------------------------ older kinds of folder
 
 
-def _fields(data: bytes):
+def _fields(data: Any):
     """(number, value) of each field of a protobuf message: int, 4 or 8 raw bytes, or the bytes of a sub-message."""
     at = 0
 

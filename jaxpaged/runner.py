@@ -91,8 +91,13 @@ class ModelRunner:
 
     # -- compiling ---------------------------------------------------------------------------------------------------
 
-    def warm_up(self, progress: Progress = lambda what, seconds: None, threads: int = 2) -> None:
-        """Compiles every program: traced one by one, compiled `threads` at a time. Then allocates the cache."""
+    @property
+    def num_programs(self) -> int:
+        """How many programs `compile` will make."""
+        return 0 if self.lazy else len(self._all_programs())
+
+    def compile(self, progress: Progress = lambda what, seconds: None, threads: int = 2) -> None:
+        """Compiles every program: traced one by one, compiled `threads` at a time."""
         keys = [] if self.lazy else self._all_programs()
 
         def compile_one(key: tuple, lowered: Any) -> None:
@@ -104,7 +109,6 @@ class ModelRunner:
             for future in [pool.submit(compile_one, key, self._lower(key)) for key in keys]:
                 future.result()
         self.num_compilations += len(keys)
-        self.allocate()
 
     def allocate(self) -> None:
         """Creates the cache, empty. The old one, if any, is let go first."""
@@ -189,6 +193,20 @@ class ModelRunner:
         """Waits for a step and brings its results to the host."""
         tokens, finite = np.asarray(handle.tokens)
         return Sampled(tokens, finite != 0, _to_host(handle.logprobs), _to_host(handle.prompt_logprobs))
+
+    def recover(self) -> bool:
+        """After a failed step: if its donated arrays are gone or hold an error, new empty ones. True if the cache was
+        lost."""
+        arrays = (*self._caches, self._last_token)
+        if not any(array.is_deleted() for array in arrays):
+            try:
+                jax.block_until_ready(arrays)
+                return False
+            except Exception:  # whatever the device says: these contents cannot be trusted
+                pass
+        self._last_token = jax.device_put(jnp.zeros((self.dims.num_slots,), jnp.int32), self.device)
+        self.allocate()
+        return True
 
     def close(self) -> None:
         """Frees the device memory of cache, carry and programs."""

@@ -40,9 +40,9 @@ class Tokenizer:
     pieces: the bytes of each token, None for the few kinds of tokenizer where a token alone has no bytes.
     """
 
-    def __init__(self, backend: Backend, named: Mapping[str, str] = {}, eos_token_ids: Iterable[int] = (),  # noqa: B006
-                 chat_templates: Mapping[str, str] = {}):  # noqa: B006
-        self.backend, self.named, self.chat_templates = backend, dict(named), dict(chat_templates)
+    def __init__(self, backend: Backend, named: Mapping[str, str] | None = None, eos_token_ids: Iterable[int] = (),
+                 chat_templates: Mapping[str, str] | None = None):
+        self.backend, self.named, self.chat_templates = backend, dict(named or {}), dict(chat_templates or {})
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max([backend.get_vocab_size(), *(i + 1 for i in added)])
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -122,8 +122,9 @@ class Tokenizer:
                 return self.chat_templates[name]
         if given is not None:
             return given
-        raise RequestError("This model has no chat template, so messages cannot become a prompt. Give one (chat_template, "
-                           "or --chat-template when serving), or complete a plain prompt instead.", "messages")
+        raise RequestError("This model has no chat template, so messages cannot become a prompt. Give one "
+                           "(chat_template, or --chat-template when serving), or complete a plain prompt instead.",
+                           "messages")
 
 
 # ------------------------------------------------------------------------------------------------- bytes of a token
@@ -185,7 +186,8 @@ def _messages(messages: Any, parts: bool) -> list[dict[str, Any]]:
 def _message(i: int, message: Any, parts: bool) -> dict[str, Any]:
     where = f"messages[{i}]"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"{where} must be an object with a string 'role' and a 'content', got {message!r:.200}.", where)
+        raise RequestError(f"{where} must be an object with a string 'role' and a 'content', got {message!r:.200}.",
+                           where)
     out, content = dict(message), message.get("content")
     if content is None and not (out.get("tool_calls") or out["role"] == "assistant"):
         raise RequestError(f"{where} (role {out['role']!r}) has no content.", f"{where}.content")
@@ -377,7 +379,8 @@ def _backend(folder: Path, config: dict) -> Backend:
             backend = Backend.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{file} cannot be read: {error}") from error
-        backend.no_truncation(), backend.no_padding()
+        backend.no_truncation()
+        backend.no_padding()
         return backend
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")

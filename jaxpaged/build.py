@@ -1,0 +1,193 @@
+"""`build_engine(config)`: the only file that knows everyone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import platformdirs
+from tqdm import tqdm
+
+from jaxpaged import hub, kv_cache, memory, weights
+from jaxpaged.batch import Bucket, ladder
+from jaxpaged.checkpoint import Checkpoint, open_checkpoint
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine import Engine
+from jaxpaged.hf_config import HFConfig
+from jaxpaged.models import door
+from jaxpaged.models.decoder import DecoderConfig
+from jaxpaged.models.standard import TIED
+from jaxpaged.programs import Dims
+from jaxpaged.request import RequestError
+from jaxpaged.runner import ModelRunner, abstract_decoder
+from jaxpaged.scheduler import Limits
+from jaxpaged.tokenizer import Tokenizer, load_tokenizer
+from pallas_kernels.ops import backend
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine and what it was made from. `seconds`: what starting took, by stage."""
+
+    engine: Engine
+    runner: ModelRunner
+    config: EngineConfig  # resolved: no "auto" left
+    decoder_config: DecoderConfig
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any]
+    plan: memory.MemoryPlan
+    seconds: dict[str, float]
+
+
+class Stages:
+    """Times the stages of a start."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def done(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+        log.info("%s: %.2f s", name, self.seconds[name])
+
+
+def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, params: Any = None,
+                 progress: bool = True) -> Built:  # fmt: skip
+    """Builds an engine: finds the model, loads tokenizer and weights, plans memory, compiles, allocates.
+
+    `model`: a Hugging Face config in memory, instead of `config.model`. `params`: weights in memory (a pytree with the
+    decoder's paths), instead of the checkpoint's.
+    """
+    stages, device = Stages(), jax.devices()[0]
+    _use_compilation_cache(config.compilation_cache_dir)
+    path = None if model is not None else hub.resolve(config.model, config.revision, config.hf_token)
+    stages.done("find the model")
+    checkpoint = None if path is None else open_checkpoint(path, config_only=_config_only(config, params))
+    hf = HFConfig(model if checkpoint is None else checkpoint.config, config.hf_overrides)
+    family = door(hf["model_type"])
+    decoder_config = family.decoder_config(hf)
+    hf.finish()
+    config = config.resolve(device.platform, decoder_config.max_positions)
+    tokenizer = _tokenizer(config, path)
+    stages.done("load the tokenizer")
+    leaves = _load(config, family, decoder_config, checkpoint, params, device, progress)
+    stages.done("load the weights")
+    runner, plan = _runner(config, decoder_config, leaves, device, progress)
+    stages.done("compile")
+    generation_config = {} if checkpoint is None else checkpoint.generation_config
+    eos_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
+    engine = Engine(_limits(config, decoder_config, plan.num_pages), runner, runner.buckets, tokenizer, eos_ids,
+                    config.max_logprobs, config.async_scheduling, config.seed)  # fmt: skip
+    log.info("%s", plan.table(int(config.block_size)))
+    return Built(engine, runner, config, decoder_config, tokenizer, generation_config, plan, stages.seconds)
+
+
+def _use_compilation_cache(folder: str | None) -> None:
+    """Keeps compiled programs on disk between starts, unless the user has set JAX up otherwise already."""
+    if folder is None or (folder == "auto" and jax.config.jax_compilation_cache_dir):
+        return
+    path = platformdirs.user_cache_dir("jaxpaged") if folder == "auto" else folder
+    path = os.path.join(os.environ.get("JAXPAGED_CACHE", path), "compiled") if folder == "auto" else path
+    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _config_only(config: EngineConfig, params: Any) -> bool:
+    """No tensors are read from the checkpoint: only its configuration has to be there."""
+    return config.load_format == "dummy" or params is not None
+
+
+def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    place = hub.resolve(config.tokenizer) if config.tokenizer else path
+    if place is None:
+        return None
+    try:
+        return load_tokenizer(place)
+    except FileNotFoundError as error:
+        raise RequestError(f"{error}; name another place with tokenizer=..., or set skip_tokenizer_init=True to work "
+                           "with token ids.", "tokenizer") from error  # fmt: skip
+
+
+def _load(config: EngineConfig, family: Any, decoder_config: DecoderConfig, checkpoint: Checkpoint | None, params: Any,
+          device: jax.Device, progress: bool) -> dict[str, jax.Array]:  # fmt: skip
+    _, _, leaves = abstract_decoder(decoder_config, config.dtype)
+    put = lambda array: jax.device_put(array, device)
+    if params is not None:
+        return weights.from_tree(params, leaves, put)
+    if config.load_format == "dummy":
+        return weights.dummy(leaves, config.seed, put)
+    if checkpoint is None:
+        raise RequestError("a model given as a config in memory needs params=..., or load_format='dummy'.", "params")
+    ignored = (*getattr(family, "IGNORED", ()), *(TIED if decoder_config.tie else ()))
+    return weights.load(checkpoint, leaves, family.names(decoder_config), put, ignored, progress)
+
+
+def _limits(config: EngineConfig, decoder_config: DecoderConfig, num_pages: int) -> Limits:
+    return Limits(
+        max_num_seqs=int(config.max_num_seqs),
+        max_num_batched_tokens=int(config.max_num_batched_tokens),
+        page_size=int(config.block_size),
+        num_pages=num_pages,
+        max_model_len=int(config.max_model_len or 0),
+        vocab_size=decoder_config.vocab_size,
+        policy=config.scheduling_policy,
+        enable_prefix_caching=config.enable_prefix_caching,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+    )
+
+
+def _runner(config: EngineConfig, decoder_config: DecoderConfig, leaves: dict[str, jax.Array], device: jax.Device,
+            progress: bool) -> tuple[ModelRunner, memory.MemoryPlan]:  # fmt: skip
+    """Compiles with as many pages as should fit; if the compiler's own account of temporaries says otherwise, again
+    with fewer."""
+    buckets = ladder(int(config.max_num_batched_tokens), int(config.max_num_seqs))
+    weight_bytes = sum(x.nbytes for x in leaves.values())
+    limit = memory.device_limit(device, config.gpu_memory_utilization)
+    temporaries = _expected_temporaries(decoder_config, buckets, jnp.dtype(config.dtype).itemsize)
+    page_bytes = kv_cache.page_bytes(decoder_config, int(config.block_size), jnp.dtype(config.dtype))
+    ops = backend(config.kernel_backend, device)
+    while True:
+        plan = memory.plan(config, limit, weight_bytes, temporaries, page_bytes)
+        runner = ModelRunner(decoder_config, leaves, buckets, _dims(config, decoder_config, plan.num_pages), ops,
+                             config.dtype, device, lazy=config.enforce_eager)  # fmt: skip
+        _compile(runner, progress)
+        actual = runner.memory()
+        exact = memory.MemoryPlan(limit, weight_bytes, actual.temporaries, page_bytes, plan.num_pages)
+        if limit is None or config.num_gpu_blocks_override or actual.total <= limit:
+            runner.allocate()
+            return runner, exact
+        temporaries = actual.temporaries
+
+
+def _dims(config: EngineConfig, decoder_config: DecoderConfig, num_pages: int) -> Dims:
+    page_size, longest = int(config.block_size), int(config.max_model_len or 0)
+    return Dims(int(config.max_num_seqs), -(-longest // page_size), num_pages, page_size, longest,
+                decoder_config.vocab_size, min(config.max_logprobs, decoder_config.vocab_size))  # fmt: skip
+
+
+def _expected_temporaries(config: DecoderConfig, buckets: tuple[Bucket, ...], itemsize: int) -> int:
+    """A first guess, replaced by the compiler's account: a few activations of the widest layer, two sets of logits."""
+    tokens, rows = buckets[-1]
+    return 4 * tokens * max(2 * config.ffn_dim, 2 * config.embed_dim) * itemsize + 2 * rows * config.vocab_size * 4
+
+
+def _compile(runner: ModelRunner, progress: bool) -> None:
+    with tqdm(total=runner.num_programs, desc="Compiling", unit="program", disable=not progress) as bar:
+
+        def compiled(what: str, seconds: float) -> None:
+            bar.set_postfix_str(f"{what}: {seconds:.1f} s")
+            bar.update()
+
+        runner.compile(compiled)

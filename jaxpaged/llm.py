@@ -1,0 +1,230 @@
+"""Offline use: `LLM(model).generate(prompts)`. The names, defaults and outputs are vLLM's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from jaxpaged import beam
+from jaxpaged.build import build_engine
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine import Engine
+from jaxpaged.prompts import ParsedPrompt, parse_prompts
+from jaxpaged.request import BeamSearchParams, RequestError, RequestOutput, RequestOutputKind, SamplingParams
+from jaxpaged.tokenizer import Tokenizer
+
+GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class Metric(NamedTuple):
+    """A number about the engine: `kind` is "counter" (grows) or "gauge"."""
+
+    name: str
+    value: float
+    kind: str
+
+
+class LLM:
+    """A language model and the engine that runs it.
+
+    model: "demo", "demo-gemma3", a Hugging Face id, a folder, a .gguf file, or a Hugging Face config as a dictionary.
+    params: weights in memory instead of the checkpoint's: a pytree (nested dictionaries, or an NNX state) with the
+      decoder's paths. Everything else: `EngineConfig`'s fields.
+    Raises ValueError (RequestError) for what cannot be: it says what was given, what is allowed and what to do.
+
+    Use it as a context manager, or call `close()`, to free the device memory at once.
+    """
+
+    def __init__(self, model: str | dict[str, Any] = "demo", *, params: Any = None, use_tqdm: bool = True, **kwargs: Any):
+        in_memory = model if isinstance(model, dict) else None
+        config = EngineConfig(model="<in memory>" if in_memory is not None else str(model), **kwargs)
+        self._built = build_engine(config, in_memory, params, progress=use_tqdm)
+        self.engine: Engine = self._built.engine
+        self.config: EngineConfig = self._built.config
+        self._ids = itertools.count()
+
+    # -- generating --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+        lora_request: None = None,
+    ) -> list[RequestOutput]:
+        """Completes one prompt or a list: strings, lists of token ids, or {"prompt" | "prompt_token_ids", "cache_salt"}.
+
+        sampling_params: one for all, or one a prompt; None: `get_default_sampling_params()`. Outputs are in the order of
+        the prompts. RequestError if any of them cannot be served: then none is run. A request that fails while it runs
+        ends with finish_reason "error" and `.error` says why; the others go on.
+        """
+        if lora_request is not None:
+            raise RequestError("lora_request is not supported by this version.", "lora_request")
+        parsed = parse_prompts(prompts)
+        params = self._params_for(len(parsed), sampling_params)
+        return self._run(parsed, params, list(priority or [0] * len(parsed)), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation (a list of {"role", "content"}) or a list of conversations, with the model's chat
+        template."""
+        tokenizer = self.get_tokenizer()
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = []
+        for conversation in conversations:
+            options = {"add_generation_prompt": add_generation_prompt, "tools": tools,
+                       "continue_final_message": continue_final_message,
+                       "chat_template": chat_template or self.config.chat_template}  # fmt: skip
+            options |= chat_template_kwargs or {}
+            text = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+            ids = tokenizer.apply_chat_template(conversation, tokenize=True, **options)
+            prompts.append({"prompt": text, "prompt_token_ids": ids})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
+
+    def beam_search(self, prompts: Any, params: BeamSearchParams) -> list[beam.BeamSearchOutput]:
+        """The `beam_width` most probable continuations of each prompt that beam search finds."""
+        if 2 * params.beam_width > self.config.max_logprobs:
+            raise RequestError(
+                f"beam_width={params.beam_width} needs {2 * params.beam_width} logprobs a token, max_logprobs is "
+                f"{self.config.max_logprobs}; start the engine with max_logprobs={2 * params.beam_width}.", "beam_width",
+            )  # fmt: skip
+        return [self._beam_search(prompt, params) for prompt in parse_prompts(prompts)]
+
+    def _beam_search(self, prompt: ParsedPrompt, params: BeamSearchParams) -> beam.BeamSearchOutput:
+        tokenizer = self.engine.tokenizer
+        ids = prompt.content
+        if isinstance(ids, str):
+            ids = self.get_tokenizer().encode(ids)
+        output = beam.beam_search(
+            lambda prompts, step: self.generate(prompts, step, use_tqdm=False), ids, params, self.engine.eos_ids
+        )
+        if tokenizer is not None:
+            texts = [tokenizer.decode(s.tokens, skip_special_tokens=params.skip_special_tokens) for s in output.sequences]
+            output.sequences = [replace(s, text=text) for s, text in zip(output.sequences, texts)]
+        return output
+
+    def _params_for(self, count: int, params: Any) -> list[SamplingParams]:
+        params = self.get_default_sampling_params() if params is None else params
+        each = [params] * count if isinstance(params, SamplingParams) else list(params)
+        if len(each) != count:
+            raise RequestError(f"{count} prompts but {len(each)} sampling_params; give one, or one a prompt.")
+        return [p.clone(output_kind=RequestOutputKind.FINAL_ONLY) for p in each]
+
+    def _run(
+        self, prompts: list[ParsedPrompt], params: list[SamplingParams], priority: list[int], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        ids = [str(next(self._ids)) for _ in prompts]
+        outputs: dict[str, RequestOutput] = {}
+        bar = tqdm(total=len(ids), desc="Processed prompts", disable=not use_tqdm)
+        try:
+            for request_id, prompt, p, prio in zip(ids, prompts, params, priority):
+                self.engine.submit(request_id, prompt.content, p, prio, prompt.cache_salt, prompt.text)
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    outputs[output.request_id] = output
+                    _advance(bar, output, outputs)
+        except BaseException:  # also Ctrl-C: nothing of this call may stay behind
+            self._abort_all(ids)
+            raise
+        finally:
+            bar.close()
+        return [outputs[request_id] for request_id in ids]
+
+    def _abort_all(self, ids: list[str]) -> None:
+        for request_id in ids:
+            self.engine.abort(request_id)
+        while self.engine.has_work:
+            self.engine.step()
+
+    # -- around it ---------------------------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        if self.engine.tokenizer is None:
+            raise RequestError("this engine has no tokenizer; work with token ids, or name one with tokenizer=...")
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults, changed by the model's generation_config.json (unless generation_config="vllm")."""
+        if self.config.generation_config == "vllm":
+            return SamplingParams()
+        given = self._built.generation_config
+        changes = {key: given[key] for key in GENERATION_KEYS if given.get(key) is not None}
+        if given.get("max_new_tokens"):
+            changes["max_tokens"] = given["max_new_tokens"]
+        return SamplingParams(**changes)
+
+    def get_metrics(self) -> list[Metric]:
+        """Counters and gauges of the engine, by vLLM's names where it has them."""
+        engine, c, s = self.engine, self.engine.counters, self.engine.stats()
+        counters = {
+            "prompt_tokens": c.prompt_tokens,
+            "generation_tokens": c.generated_tokens,
+            "computed_tokens": c.computed_tokens,
+            "engine_steps": c.steps,
+            "failed_steps": c.failed_steps,
+            "num_preemptions": s.num_preemptions,
+            "prefix_cache_queries": s.prefix_queries,
+            "prefix_cache_hits": s.prefix_hits,
+            "compilations": self._built.runner.num_compilations,
+            "host_seconds": c.host_time - c.wait_time,
+            "wait_seconds": c.wait_time,
+            **{f"request_success_{reason}": count for reason, count in c.finished.items()},
+        }
+        usable = engine.limits.num_pages - 1
+        gauges = {
+            "num_requests_running": s.num_running,
+            "num_requests_waiting": s.num_waiting,
+            "kv_cache_usage_perc": s.num_held_pages / usable,
+            "kv_pages_total": usable,
+            "kv_pages_held": s.num_held_pages,
+            "kv_pages_cached": s.num_cached_pages,
+            "kv_pages_peak": c.peak_pages,
+            "startup_seconds": sum(self._built.seconds.values()),
+        }
+        return [Metric(name, float(value), "counter") for name, value in counters.items()] + [
+            Metric(name, float(value), "gauge") for name, value in gauges.items()
+        ]
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached pages. True: vLLM's answer for success."""
+        self.engine.reset_prefix_cache()
+        self.engine.step()
+        return True
+
+    def get_world_size(self) -> int:
+        return 1
+
+    def close(self) -> None:
+        """Frees the device memory. The object cannot be used afterwards."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _advance(bar: tqdm, output: RequestOutput, outputs: dict[str, RequestOutput]) -> None:
+    if not bar.disable:
+        tokens = sum(len(c.token_ids) for o in outputs.values() for c in o.outputs)
+        elapsed = bar.format_dict["elapsed"] or 1e-9
+        bar.set_postfix_str(f"output: {tokens / elapsed:.1f} tokens/s", refresh=False)
+    bar.update()
