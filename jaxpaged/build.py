@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from jaxpaged import hub, kv_cache, memory, weights
 from jaxpaged.batch import Bucket, ladder
-from jaxpaged.checkpoint import Checkpoint, open_checkpoint
+from jaxpaged.checkpoint import Checkpoint, open_checkpoint, read_json
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
 from jaxpaged.hf_config import HFConfig
@@ -69,17 +69,22 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     """
     stages, device = Stages(), jax.devices()[0]
     _use_compilation_cache(config.compilation_cache_dir)
-    path = None if model is not None else hub.resolve(config.model, config.revision, config.hf_token)
+    only_config = config.load_format == "dummy" or params is not None
+    path = None
+    if model is None:
+        path = hub.resolve(config.model, config.revision, config.hf_token, weights=not only_config)
     stages.done("find the model")
-    checkpoint = None if path is None else open_checkpoint(path, config_only=_config_only(config, params))
-    hf = HFConfig(model if checkpoint is None else checkpoint.config, config.hf_overrides)
+    checkpoint = None if path is None or (only_config and path.is_dir()) else open_checkpoint(path)
+    if model is None:
+        model = checkpoint.config if checkpoint is not None else read_json(Path(str(path)) / "config.json")
+    hf = HFConfig(model, config.hf_overrides, source=path or "the config")
     family = door(hf["model_type"])
     decoder_config = family.decoder_config(hf)
     hf.finish()
     config = config.resolve(device.platform, decoder_config.max_positions)
     tokenizer = _tokenizer(config, path)
     stages.done("load the tokenizer")
-    leaves = _load(config, family, decoder_config, checkpoint, params, device, progress)
+    leaves = _load(config, family, decoder_config, checkpoint, params, progress)
     stages.done("load the weights")
     runner, plan = _runner(config, decoder_config, leaves, device, progress)
     stages.done("compile")
@@ -102,15 +107,10 @@ def _use_compilation_cache(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _config_only(config: EngineConfig, params: Any) -> bool:
-    """No tensors are read from the checkpoint: only its configuration has to be there."""
-    return config.load_format == "dummy" or params is not None
-
-
 def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
-    place = hub.resolve(config.tokenizer) if config.tokenizer else path
+    place = hub.resolve(config.tokenizer, weights=False) if config.tokenizer else path
     if place is None:
         return None
     try:
@@ -121,17 +121,16 @@ def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:
 
 
 def _load(config: EngineConfig, family: Any, decoder_config: DecoderConfig, checkpoint: Checkpoint | None, params: Any,
-          device: jax.Device, progress: bool) -> dict[str, jax.Array]:  # fmt: skip
+          progress: bool) -> dict[str, jax.Array]:  # fmt: skip
     _, _, leaves = abstract_decoder(decoder_config, config.dtype)
-    put = lambda array: jax.device_put(array, device)
     if params is not None:
-        return weights.from_tree(params, leaves, put)
+        return weights.from_tree(params, leaves)
     if config.load_format == "dummy":
-        return weights.dummy(leaves, config.seed, put)
+        return weights.dummy(leaves, config.seed)
     if checkpoint is None:
         raise RequestError("a model given as a config in memory needs params=..., or load_format='dummy'.", "params")
     ignored = (*getattr(family, "IGNORED", ()), *(TIED if decoder_config.tie else ()))
-    return weights.load(checkpoint, leaves, family.names(decoder_config), put, ignored, progress)
+    return weights.load(checkpoint, leaves, family.names(decoder_config), progress=progress, ignore=ignored)
 
 
 def _limits(config: EngineConfig, decoder_config: DecoderConfig, num_pages: int) -> Limits:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import weakref
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -58,11 +59,11 @@ class Checkpoint(Protocol):
     def close(self) -> None: ...
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A folder with config.json and safetensors, or a .gguf file."""
+def open_checkpoint(path: str | Path, config_only: bool = False) -> Checkpoint:
+    """A folder with config.json and safetensors, or a .gguf file. config_only: a folder needs no weights then."""
     path = Path(path)
     if path.is_dir():
-        return SafetensorsCheckpoint(path)
+        return SafetensorsCheckpoint(path, config_only)
     if path.is_file() and path.suffix == ".gguf":
         from jaxpaged.gguf_file import GGUFCheckpoint
 
@@ -84,30 +85,47 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        with open(path, "rb") as file:
-            self.entries = read_header(path, file)
-            self._data: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(path, "rb", buffering=0)
+        self._close = weakref.finalize(self, self._file.close)
+        self.entries = read_header(path, self._file)
+        self._data: mmap.mmap | None = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(self, name: str) -> np.ndarray:
         """A read-only view of the file; nothing is copied."""
         if self._data is None:
             raise ValueError(f"{self.path} is closed.")
         e = self.entries[name]
-        flat = np.frombuffer(self._data, e.dtype, math.prod(e.shape), e.begin) if e.end > e.begin else np.empty(0, e.dtype)
-        return flat.reshape(e.shape)
+        if e.end == e.begin:
+            return np.empty(e.shape, e.dtype)
+        return np.frombuffer(self._data, e.dtype, math.prod(e.shape), e.begin).reshape(e.shape)
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Copies, or casts, into `out`. A plain read is three times as fast as a copy out of the map."""
+        e = self.entries[name]
+        if self._data is None or out.dtype != e.dtype or out.shape != e.shape or not out.flags.c_contiguous:
+            out[...] = self.read(name)
+            return
+        self._file.seek(e.begin)
+        rest = out.reshape(-1).view(np.uint8).data
+        while rest:
+            n = self._file.readinto(rest)
+            if not n:
+                raise ValueError(f"{self.path} became shorter while tensor {name} was read from it.")
+            rest = rest[n:]
 
     def close(self) -> None:
+        self._close()
         self._data = None  # unmapped when the last view is gone
 
 
-def read_header(path: Path, file) -> dict[str, Entry]:
+def read_header(path: Path, file: IO[bytes]) -> dict[str, Entry]:
     """Name -> Entry of an open .safetensors file, in file order, checked against the file's length."""
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"{path} is cut short or is not a safetensors file: its header should have {length} bytes, the "
-                         f"file has {max(0, size - 8)} after the header's length.")
+        raise ValueError(f"{path} is cut short or is not a safetensors file: its header should have {length} bytes, "
+                         f"the file has {max(0, size - 8)} after the header's length.")
     try:
         header = json.loads(file.read(length), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
@@ -140,14 +158,14 @@ def _check_extents(path: Path, entries: dict[str, Entry], start: int, size: int)
     for name, e in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         expected = math.prod(e.shape) * e.dtype.itemsize
         if e.end - e.begin != expected:
-            raise ValueError(f"{path}: tensor {name} {e.dtype} {list(e.shape)} needs {expected} bytes, the header gives it "
-                             f"{e.end - e.begin}.")
+            raise ValueError(f"{path}: tensor {name} {e.dtype} {list(e.shape)} needs {expected} bytes, the header "
+                             f"gives it {e.end - e.begin}.")
         if e.begin != at:
             what = "overlaps the one before" if e.begin < at else f"follows a gap of {e.begin - at} bytes"
             raise ValueError(f"{path}: tensor {name} {what} (it begins at byte {e.begin}, expected {at}).")
         if e.end > size:
-            raise ValueError(f"{path} is cut short: tensor {name} needs {expected} bytes from byte {e.begin} on, the file "
-                             f"has {max(0, size - e.begin)} of them ({size} bytes in all). Fetch it again.")
+            raise ValueError(f"{path} is cut short: tensor {name} needs {expected} bytes from byte {e.begin} on, the "
+                             f"file has {max(0, size - e.begin)} of them ({size} bytes in all). Fetch it again.")
         at = e.end
     if at != size:
         raise ValueError(f"{path} has {size - at} bytes after its last tensor; it is damaged.")
@@ -160,12 +178,12 @@ class SafetensorsCheckpoint:
     damaged files. Pickled weights (.bin, .pt) are refused: reading one may run any code.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, config_only: bool = False):
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         generation = self.folder / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
-        self._files = _open_files(self.folder)
+        self._files = {} if config_only else _open_files(self.folder)
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -181,7 +199,8 @@ class SafetensorsCheckpoint:
         return self._files[name].read(name)
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        out[...] = self.read(name)
+        """`out`: the checkpoint's shape, any float dtype."""
+        self._files[name].read_into(name, out)
 
     def close(self) -> None:
         for file in set(self._files.values()):
@@ -208,11 +227,12 @@ def weight_files(folder: Path) -> list[str]:
         return sorted(set(_weight_map(folder).values()))
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
-        raise ValueError(f"{folder} has pickled weights only ({', '.join(pickles[:5])}); reading one may run any code, so it "
-                         "is refused. Convert them to safetensors (`save_pretrained(..., safe_serialization=True)`).")
+        raise ValueError(f"{folder} has pickled weights only ({', '.join(pickles[:5])}); reading one may run any code, "
+                         "so it is refused. Convert them to safetensors (transformers' `save_pretrained` writes them).")
     found = sorted(p.name for p in folder.iterdir())
-    hint = "".join(f" To load {name}, give the file itself: {folder / name}." for name in found if name.endswith(".gguf"))
-    raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is among its files ({', '.join(found[:10])}).{hint}")
+    hint = "".join(f" To load {name}, give the file itself: {folder / name}." for name in found if ".gguf" in name)
+    raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is among its {len(found)} files "
+                     f"({', '.join(found[:10])}).{hint}")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -230,7 +250,8 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
     names = weight_files(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} of the {len(names)} files its index names: {', '.join(missing[:10])}.")
+        raise ValueError(f"{folder} lacks {len(missing)} of the {len(names)} files its index names: "
+                         f"{', '.join(missing[:10])}.")
     files = {name: SafetensorsFile(folder / name) for name in names}
     if names == [SINGLE]:
         return dict.fromkeys(files[SINGLE].entries, files[SINGLE])

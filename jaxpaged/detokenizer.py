@@ -120,6 +120,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str], include: bool):
         self.stops, self.include = stops, include
+        self.firsts = {stop[0] for stop in stops}
         self.reach = max(map(len, stops), default=1) - 1  # characters of earlier text a match can begin in
         self.tail = ""  # the last `reach` characters, of which
         self.held = 0  # the last `held` are not out yet
@@ -150,9 +151,10 @@ class StopStrings:
     def _open(self, window: str, start: int) -> int:
         """Length of the longest end of the window that begins a stop string."""
         for at in range(max(start, len(window) - self.reach), len(window)):
-            end = window[at:]
-            if any(stop.startswith(end) and len(stop) > len(end) for stop in self.stops):
-                return len(end)
+            if window[at] in self.firsts:
+                end = window[at:]
+                if any(stop.startswith(end) and len(stop) > len(end) for stop in self.stops):
+                    return len(end)
         return 0
 
     def flush(self) -> str:
@@ -164,8 +166,8 @@ class StopStrings:
 class Detokenizer:
     """The text of one sequence while its tokens come in.
 
-    tokenizer: `pieces` (Pieces or None), `decode(ids, skip_special_tokens)`, `special_ids`. prompt_ids: the context:
-    the text is that of prompt and output together, less the prompt's. params: SamplingParams, of which `detokenize`,
+    tokenizer: its `pieces` (or, without them, its `backend`) and `special_ids` are read. prompt_ids: the context: the
+    text is that of prompt and output together, less the prompt's. params: SamplingParams, of which `detokenize`,
     `skip_special_tokens`, `stop`, `include_stop_str_in_output` and `min_tokens` are read.
     `spaces_between_special_tokens` has no effect: it belongs to tokenizers that join tokens by spaces.
 
@@ -189,7 +191,8 @@ class Detokenizer:
         if tokenizer.pieces is not None:
             self._text: _Assembler | _Windowed = _Assembler(tokenizer.pieces, skip, prompt_ids)
         else:
-            self._text = _Windowed(lambda ids: tokenizer.decode(ids, skip_special_tokens=False), skip, prompt_ids)
+            decode = tokenizer.backend.decode  # has no text, and no error, for ids without a token
+            self._text = _Windowed(lambda ids: decode(ids, skip_special_tokens=False), skip, prompt_ids)
 
     @property
     def text(self) -> str:

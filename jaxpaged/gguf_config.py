@@ -36,7 +36,7 @@ class _Keys:
 
     def __init__(self, path: Path, arch: str, metadata: dict[str, Any]):
         self.path, self.prefix, self.metadata = path, arch + ".", metadata
-        self.seen = set(HARMLESS)
+        self.seen = set[str](HARMLESS)
 
     def get(self, key: str, default: Any = None) -> Any:
         self.seen.add(key)
@@ -186,4 +186,5 @@ def generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
     control = np.flatnonzero(np.asarray(kinds) == 3).tolist() if kinds is not None else []
     ends += [i for i in control if i < len(tokens) and tokens[i] in TURN_ENDS]
     ends = list(dict.fromkeys(i for i in ends if i is not None))
-    return {k: v for k, v in {"bos_token_id": ids["bos_token_id"], "eos_token_id": ends or None}.items() if v is not None}
+    found = {"bos_token_id": ids["bos_token_id"], "eos_token_id": ends or None}
+    return {key: value for key, value in found.items() if value is not None}

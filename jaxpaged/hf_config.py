@@ -32,14 +32,16 @@ class HFConfig(Mapping[str, Any]):
     config: the keys. overrides: replace them (a value of None switches a key off). source: the file, for messages.
     """
 
-    def __init__(self, config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, source: Any = "the config"):
+    def __init__(
+        self, config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, source: Any = "the config"
+    ):
         self.values_by_key = {**config, **(overrides or {})}
         self.source, self.read = source, set[str]()
 
     def __getitem__(self, key: str) -> Any:
         self.read.add(key)
         if self.values_by_key.get(key) is None:
-            raise ValueError(f"{self.source} lacks the key {key!r}; add it there or with hf_overrides={{{key!r}: ...}}.")
+            raise ValueError(f"{self.source} lacks the key {key!r}; give it with hf_overrides={{{key!r}: ...}}.")
         return self.values_by_key[key]
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -71,7 +73,7 @@ class HFConfig(Mapping[str, Any]):
         listed = ", ".join(f"{key}={_short(value)}" for key, value in unknown.items())
         off = ", ".join(f"{key!r}: None" for key in unknown)
         raise ValueError(
-            f"{self.source} has keys that the model family {self.values_by_key.get('model_type')!r} does not know here: "
+            f"{self.source} has keys that the family {self.values_by_key.get('model_type')!r} does not know here: "
             f"{listed}. They may change what the model computes. If they do not, switch them off with "
             f"hf_overrides={{{off}}}."
         )

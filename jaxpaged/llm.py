@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ class LLM:
         self._built = build_engine(config, in_memory, params, progress=use_tqdm)
         self.engine: Engine = self._built.engine
         self.config: EngineConfig = self._built.config
+        self.memory_plan = self._built.plan
         self._ids = itertools.count()
 
     # -- generating --------------------------------------------------------------------------------------------------
@@ -133,13 +135,16 @@ class LLM:
         ids = [str(next(self._ids)) for _ in prompts]
         outputs: dict[str, RequestOutput] = {}
         bar = tqdm(total=len(ids), desc="Processed prompts", disable=not use_tqdm)
+        start, tokens = time.perf_counter(), 0
         try:
             for request_id, prompt, p, prio in zip(ids, prompts, params, priority):
                 self.engine.submit(request_id, prompt.content, p, prio, prompt.cache_salt, prompt.text)
             while self.engine.has_work:
                 for output in self.engine.step():
                     outputs[output.request_id] = output
-                    _advance(bar, output, outputs)
+                    tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                    bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.1f} tokens/s", refresh=False)
+                    bar.update()
         except BaseException:  # also Ctrl-C: nothing of this call may stay behind
             self._abort_all(ids)
             raise
@@ -221,10 +226,3 @@ class LLM:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-
-def _advance(bar: tqdm, output: RequestOutput, outputs: dict[str, RequestOutput]) -> None:
-    if not bar.disable:
-        tokens = sum(len(c.token_ids) for o in outputs.values() for c in o.outputs)
-        elapsed = bar.format_dict["elapsed"] or 1e-9
-        bar.set_postfix_str(f"output: {tokens / elapsed:.1f} tokens/s", refresh=False)
-    bar.update()

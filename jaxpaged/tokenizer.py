@@ -10,7 +10,6 @@ wrong with the files a ValueError that names the file. The incremental half, `De
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -66,9 +65,10 @@ class Tokenizer:
             raise RequestError(f"The text to tokenise must be a string, got {type(text).__name__}.", "prompt")
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise RequestError(f"The text has a lone surrogate (half a UTF-16 pair) at character {error.start}; "
-                               f"send valid Unicode.", "prompt") from None
+        except TypeError:  # a str, but not one that has UTF-8
+            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            raise RequestError(f"The text has a lone surrogate (half a UTF-16 pair) at character {at}; send valid "
+                               f"Unicode.", "prompt") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
@@ -365,8 +365,8 @@ def _load_folder(folder: Path) -> Tokenizer:
     backend = _backend(folder, config)
     named = {name: text for name in NAMED if (text := _content(config.get(name)))}
     _add_tokens(backend, folder, config, named)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        ends = [named.get(f"{end}_token") if config.get(f"add_{end}_token") else None for end in ("bos", "eos")]
+    ends = [named.get(f"{end}_token") if config.get(f"add_{end}_token") else None for end in ("bos", "eos")]
+    if any(ends) and not backend.num_special_tokens_to_add(False):  # else tokenizer.json says what is added
         gguf_tokenizer.set_ends(backend, *ends)
     eos = _read_json(folder / "generation_config.json").get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -442,6 +442,5 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        warnings.warn(f"{file} is not a JSON object; ignored.", stacklevel=2)
-        return {}
+        raise ValueError(f"{file} is not a JSON object.")
     return value

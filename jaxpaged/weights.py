@@ -43,8 +43,8 @@ def load(
     leaves: Leaves,
     names: Sequence[Name],
     put: Put | None = None,
-    progress: bool = True,
     ignore: Iterable[str] = (),
+    progress: bool = True,
 ) -> dict[str, jax.Array]:
     """The leaves, filled from a checkpoint.
 
@@ -84,14 +84,14 @@ def _claims(
     for tensor in tensors:
         if any(r.fullmatch(tensor) for r in ignored):
             continue
-        match = next(((m, name) for r, name in rules if (m := r.fullmatch(tensor))), None)
-        path = match[1].path.format(**match[0].groupdict()) if match else None
-        if match is None or path not in leaves:
+        places = ((name.path.format(**m.groupdict()), name.part) for r, name in rules if (m := r.fullmatch(tensor)))
+        path, part = next(places, ("", 0))
+        if path not in leaves:
             problems.extra.append(tensor)
-        elif match[1].part in claims.setdefault(path, {}):
-            problems.extra.append(f"{tensor} (the same place as {claims[path][match[1].part]})")
+        elif part in claims.setdefault(path, {}):
+            problems.extra.append(f"{tensor} (the same place as {claims[path][part]})")
         else:
-            claims[path][match[1].part] = tensor
+            claims[path][part] = tensor
     return claims
 
 
@@ -179,10 +179,10 @@ def _filled(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, tenso
 @contextmanager
 def _no_overflow(path: str, leaf: jax.ShapeDtypeStruct) -> Iterator[None]:
     try:
-        with np.errstate(over="raise"):
+        with np.errstate(over="raise", invalid="ignore"):  # a NaN is the checkpoint's own business
             yield
     except FloatingPointError:
-        raise ValueError(f"{path} has values beyond the range of {leaf.dtype}; use dtype='bfloat16' or 'float32'.") from None
+        raise ValueError(f"{path} has values beyond {leaf.dtype}; use dtype='bfloat16' or 'float32'.") from None
 
 
 def _place(array: Any, leaf: jax.ShapeDtypeStruct, put: Put | None) -> jax.Array:
@@ -231,8 +231,8 @@ def _random(path: str, leaf: jax.ShapeDtypeStruct, seed: int, threads: ThreadPoo
 def from_tree(tree: Any, leaves: Leaves, put: Put | None = None) -> dict[str, jax.Array]:
     """The leaves, taken from memory: nested dicts and lists, a dict of dotted paths, an nnx.State or an nnx.Module.
 
-    Arrays that are on the device already in the right dtype are not copied (do not donate them afterwards); numpy arrays
-    always are. Raises one ValueError with every missing, extra, misshapen or non-float array.
+    Arrays that are on the device already in the right dtype are not copied (do not donate them afterwards); numpy
+    arrays always are. Raises one ValueError with every missing, extra, misshapen or non-float array.
     """
     given = dict(_flat(tree))
     problems = _Problems("The tree")
