@@ -59,11 +59,11 @@ class Checkpoint(Protocol):
     def close(self) -> None: ...
 
 
-def open_checkpoint(path: str | Path, config_only: bool = False) -> Checkpoint:
-    """A folder with config.json and safetensors, or a .gguf file. config_only: a folder needs no weights then."""
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A folder with config.json and safetensors, or a .gguf file."""
     path = Path(path)
     if path.is_dir():
-        return SafetensorsCheckpoint(path, config_only)
+        return SafetensorsCheckpoint(path)
     if path.is_file() and path.suffix == ".gguf":
         from jaxpaged.gguf_file import GGUFCheckpoint
 
@@ -178,12 +178,12 @@ class SafetensorsCheckpoint:
     damaged files. Pickled weights (.bin, .pt) are refused: reading one may run any code.
     """
 
-    def __init__(self, folder: str | Path, config_only: bool = False):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         generation = self.folder / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
-        self._files = {} if config_only else _open_files(self.folder)
+        self._files = _open_files(self.folder)
 
     def names(self) -> list[str]:
         return list(self._files)

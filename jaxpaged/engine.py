@@ -60,6 +60,7 @@ class Counters:
     host_time: float = 0.0
     wait_time: float = 0.0
     failed_steps: int = 0
+    peak_pages: int = 0
     finished: dict[str, int] = field(default_factory=dict)
 
 
@@ -125,6 +126,10 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forgets every cached page that no running request holds, and shares none of those held."""
         self._inbox.append(("reset", None))
+
+    def stats(self) -> scheduler.Stats:
+        """What runs, what waits, where the pages are."""
+        return scheduler.stats(self.state)
 
     @property
     def has_work(self) -> bool:
@@ -201,6 +206,7 @@ class Engine:
         self._in_flight.append(InFlight(plan, built, None))
         self._in_flight[-1] = InFlight(plan, built, self.runner.dispatch(built))
         self.counters.steps += 1
+        self.counters.peak_pages = max(self.counters.peak_pages, self.state.pool.num_held)
         self.counters.computed_tokens += int(plan.num_tokens.sum())
         return True
 

@@ -23,6 +23,8 @@ HARMLESS = frozenset({
     # marks that tools leave behind
     "unsloth_version", "unsloth_fixed", "transformers.js_config", "mlx_version",
 })  # fmt: skip
+# Keys that say again what another key says, and so are harmless once that one was read.
+REPEATED = {"_sliding_window_pattern": "layer_types", "sliding_window_pattern": "layer_types"}
 _NOTHING = (None, "", (), [], {})
 
 
@@ -62,6 +64,7 @@ class HFConfig(Mapping[str, Any]):
     def unknown(self, harmless: Iterable[str] = ()) -> dict[str, Any]:
         """Keys that were not read, are not harmless, and say something (not null, false or empty)."""
         known = self.read | HARMLESS | set(harmless)
+        known |= {key for key, other in REPEATED.items() if other in self.read and self.values_by_key.get(other)}
         says = lambda value: value is not False and value not in _NOTHING
         return {k: v for k, v in self.values_by_key.items() if k not in known and says(v)}
 

@@ -256,6 +256,7 @@ class Request:
     priority: lower first (policy "priority"). cache_salt: requests share pages only with requests of the same salt.
     stop_ids: every token id that ends the sequence: EOS ids (unless ignore_eos) and params.stop_token_ids.
     max_total_tokens: prompt and output together, limited by max_model_len; both filled in by the engine at admission.
+    bad_words_ids: params.bad_words as token ids: a word's last token is banned where those before it have been generated.
     """
 
     id: str
@@ -267,6 +268,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     max_total_tokens: int = 0
     prompt_text: str | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

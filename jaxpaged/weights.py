@@ -7,6 +7,7 @@ a time (in the dtype the device will have), never the model.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -43,8 +44,8 @@ def load(
     leaves: Leaves,
     names: Sequence[Name],
     put: Put | None = None,
-    ignore: Iterable[str] = (),
     progress: bool = True,
+    ignore: Iterable[str] = (),
 ) -> dict[str, jax.Array]:
     """The leaves, filled from a checkpoint.
 
@@ -95,6 +96,7 @@ def _claims(
     return claims
 
 
+@functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
     """`{i}` stands for a number, the same wherever it appears."""
     parts, seen = re.split(r"\{(\w+)\}", pattern), set()

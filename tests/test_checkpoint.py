@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_checkpoints import CONFIG, random, write_folder
 
-from jaxpaged.checkpoint import SafetensorsCheckpoint, open_checkpoint
+from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.hf_config import HARMLESS, HFConfig
 
 TENSORS = {f"t{i}": random(4, i + 1) for i in range(5)}
@@ -76,10 +76,9 @@ def test_generation_config(tmp_path):
     assert open_checkpoint(tmp_path).generation_config == {"eos_token_id": [1, 2]}
 
 
-def test_config_only_needs_no_weights(tmp_path):
+def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     refused(tmp_path, "has no weights", "model.safetensors")
-    assert SafetensorsCheckpoint(tmp_path, config_only=True).config == CONFIG
 
 
 def test_a_truncated_file_names_the_tensor_and_the_bytes(tmp_path):
@@ -178,6 +177,18 @@ def test_config_remembers_what_was_read():
     hf.finish(harmless=["logit_scale"])
     assert hf.get("logit_scale") == 2.0
     hf.finish()
+
+
+def test_what_is_said_twice_is_harmless_once_read():
+    hf = HFConfig({"layer_types": ["full_attention"], "_sliding_window_pattern": 6})
+    with pytest.raises(ValueError, match="_sliding_window_pattern=6"):
+        hf.finish()
+    hf.get("layer_types")
+    hf.finish()
+    hf = HFConfig({"_sliding_window_pattern": 6})
+    hf.get("layer_types")
+    with pytest.raises(ValueError, match="_sliding_window_pattern=6"):
+        hf.finish()
 
 
 def test_zero_says_something():

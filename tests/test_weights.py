@@ -47,7 +47,7 @@ def tensors():
 
 
 def load(tmp_path, given, leaves=None, names=NAMES, ignore=()):
-    return weights.load(open_checkpoint(write_folder(tmp_path, given)), leaves or LEAVES, names, None, ignore, False)
+    return weights.load(open_checkpoint(write_folder(tmp_path, given)), leaves or LEAVES, names, None, False, ignore)
 
 
 def refused(tmp_path, given, *messages, **kwargs):

@@ -1,0 +1,252 @@
+"""The batch: what one step sends to the device, as fixed-shape numpy arrays, and how a plan becomes one.
+
+Dims: T tokens and R rows of the bucket, M pages a row, S slots, N longest sequence, V vocabulary. Rows are in batch order:
+decodes (one token) first, then chunks. Padding: tokens have row R, rows have slot S, page 0 and no tokens.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpaged.request import MAX_LOGIT_BIAS, Request, SamplingParams
+from jaxpaged.scheduler import Plan, State
+
+
+class Variant(enum.IntEnum):
+    """What the sampler must do for a batch: the most that any of its rows needs."""
+
+    GREEDY = 0
+    SAMPLE = 1
+    FULL = 2
+
+
+class Bucket(NamedTuple):
+    """A shape that programs are compiled for."""
+
+    num_tokens: int  # T
+    num_rows: int  # R
+
+
+class Sampling(NamedTuple):
+    """Per row [R]; `seed`: uint32 [R, 2], high and low word."""
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seed: np.ndarray
+
+
+class Edits(NamedTuple):
+    """Changes to the logits, per row. `history` int32 [R, N]: prompt and output known to the host, padded with V.
+    `allowed` uint32 [R, V / 32]: bit t % 32 of word t // 32. `bias_ids` int32 [R, B], padded with V."""
+
+    presence: np.ndarray
+    frequency: np.ndarray
+    repetition: np.ndarray
+    history: np.ndarray
+    num_prompt: np.ndarray
+    num_history: np.ndarray
+    allowed: np.ndarray
+    bias_ids: np.ndarray
+    bias: np.ndarray
+
+
+class Batch(NamedTuple):
+    """One step. See the module's text for dims and padding."""
+
+    tokens: np.ndarray  # int32 [T]
+    carried: np.ndarray  # bool [T]: the host does not know the token yet: it is what the slot sampled last
+    positions: np.ndarray  # int32 [T]
+    row_of_token: np.ndarray  # int32 [T]
+    page_table: np.ndarray  # int32 [R, M]
+    kv_lens: np.ndarray  # int32 [R]: tokens in the cache once this step has written; the position that is sampled
+    query_start: np.ndarray  # int32 [R + 1]
+    slots: np.ndarray  # int32 [R]
+    samples: np.ndarray  # bool [R]: the row's last token is the sequence's last
+    counts: np.ndarray  # int32 [2]: decode rows, rows
+    copies: np.ndarray  # int32 [n, 2]: (source, destination) pages, copied before the step
+    sampling: Sampling
+    edits: Edits | None
+    variant: Variant
+    num_logprobs: int  # most alternatives that a row wants; -1: no row wants logprobs
+    prompt_logprobs: bool
+    targets: np.ndarray  # int32 [T]: the prompt's next token, 0 where there is none
+
+
+class TokenLogprobs(NamedTuple):
+    """Of n tokens: their logprob float32 [n] and rank int32 [n], and the k most probable ones' ids and logprobs [n, k]."""
+
+    logprob: np.ndarray
+    rank: np.ndarray
+    top_ids: np.ndarray
+    top: np.ndarray
+
+
+class Sampled(NamedTuple):
+    """What a step gives back: tokens int32 [R], finite bool [R] (False: the row's logits had NaN), logprobs of the
+    sampled tokens [R] and of the prompt's [T], where asked for."""
+
+    tokens: np.ndarray
+    finite: np.ndarray
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: TokenLogprobs | None
+
+
+def ladder(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[Bucket, ...]:
+    """The buckets: tokens 1, 2, 4, ... up to the budget; as many rows as tokens, at most max_num_seqs."""
+    sizes = [1]
+    while sizes[-1] < max_num_batched_tokens:
+        sizes.append(min(2 * sizes[-1], max_num_batched_tokens))
+    return tuple(Bucket(size, min(size, max_num_seqs)) for size in sizes)
+
+
+def choose(buckets: tuple[Bucket, ...], plan: Plan) -> Bucket:
+    """The smallest bucket that a plan fits."""
+    total, rows = int(plan.num_tokens.sum()), len(plan.slots)
+    return next(b for b in buckets if b.num_tokens >= total and b.num_rows >= rows)
+
+
+def build(state: State, plan: Plan, bucket: Bucket) -> Batch:
+    """The batch of a plan. `state` is the one that `schedule` returned with the plan."""
+    (T, R), n = bucket, len(plan.slots)
+    ends = np.cumsum(plan.num_tokens)
+    row = np.repeat(np.arange(n, dtype=np.int32), plan.num_tokens)
+    positions = (plan.start - (ends - plan.num_tokens))[row] + np.arange(len(row), dtype=np.int32)
+    slot = plan.slots[row]
+    params = [request.params for request in plan.requests]
+    variant = _variant(state, plan, params)
+    wants_prompt = any(p.prompt_logprobs is not None for p in params)
+    return Batch(
+        tokens=_padded(state.tokens.read()[slot, positions], T, 0),
+        carried=_padded(positions >= state.seats.num_known[slot], T, False),
+        positions=_padded(positions, T, 0),
+        row_of_token=_padded(row, T, R),
+        page_table=_page_table(state, plan, R),
+        kv_lens=_padded(plan.start + plan.num_tokens, R, 0),
+        query_start=_padded(np.concatenate([[0], ends]), R + 1, ends[-1]),
+        slots=_padded(plan.slots, R, state.limits.max_num_seqs),
+        samples=_padded(plan.samples, R, False),
+        counts=np.array([plan.num_decode, n], np.int32),
+        copies=plan.copies,
+        sampling=_sampling(params, R) if variant > Variant.GREEDY else NO_SAMPLING,
+        edits=_edits(state, plan, R) if variant == Variant.FULL else None,
+        variant=variant,
+        num_logprobs=max((-1 if p.logprobs is None else _width(p, state) for p in params), default=-1),
+        prompt_logprobs=wants_prompt,
+        targets=_targets(state, slot, positions, T) if wants_prompt else np.zeros(T, np.int32),
+    )
+
+
+NO_SAMPLING = Sampling(*(np.zeros(0, np.float32) for _ in range(4)), np.zeros((0, 2), np.uint32))
+
+
+def _padded(values: np.ndarray, size: int, fill: int | bool) -> np.ndarray:
+    dtype = np.bool_ if values.dtype == np.bool_ else np.int32
+    out = np.full(size, fill, dtype)
+    out[: len(values)] = values
+    return out
+
+
+def _page_table(state: State, plan: Plan, num_rows: int) -> np.ndarray:
+    """Entries past a row's pages are left over from the slot's past and are never read; padding rows are null."""
+    table = np.zeros((num_rows, state.limits.max_pages_per_seq), np.int32)
+    used = int(state.seats.num_pages[plan.slots].max())
+    table[: len(plan.slots), :used] = state.page_table.read()[plan.slots, :used]
+    return table
+
+
+def _targets(state: State, slot: np.ndarray, positions: np.ndarray, size: int) -> np.ndarray:
+    known = positions + 1 < state.seats.num_prompt[slot]
+    following = np.minimum(positions + 1, state.limits.max_model_len - 1)
+    return _padded(np.where(known, state.tokens.read()[slot, following], 0), size, 0)
+
+
+def _width(params: SamplingParams, state: State) -> int:
+    return state.limits.vocab_size if params.logprobs == -1 else params.logprobs or 0
+
+
+def _sampling(params: list[SamplingParams], num_rows: int) -> Sampling:
+    def column(name: str, dtype: type, fill: float) -> np.ndarray:
+        out = np.full(num_rows, fill, dtype)
+        out[: len(params)] = [getattr(p, name) for p in params]
+        return out
+
+    seeds = np.zeros((num_rows, 2), np.uint32)
+    seeds[: len(params)] = [divmod((p.seed or 0) % 2**64, 2**32) for p in params]
+    return Sampling(column("temperature", np.float32, 0), column("top_k", np.int32, 0), column("top_p", np.float32, 1),
+                    column("min_p", np.float32, 0), seeds)  # fmt: skip
+
+
+# -- edits: rows that need more than temperature and truncation -----------------------------------------------------------
+
+
+def _variant(state: State, plan: Plan, params: list[SamplingParams]) -> Variant:
+    if all(p.greedy and _plain(p) for p in params):
+        return Variant.GREEDY
+    ends = plan.start + plan.num_tokens
+    needs = (_needs_edits(r, int(ends[i] - state.seats.num_prompt[plan.slots[i]])) for i, r in enumerate(plan.requests))
+    return Variant.FULL if any(needs) else Variant.SAMPLE if not all(p.greedy for p in params) else Variant.GREEDY
+
+
+def _plain(p: SamplingParams) -> bool:
+    """Whatever the progress of the request: nothing edits its logits."""
+    return not (p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0 or p.logit_bias or p.bad_words
+                or p.min_tokens or p.allowed_token_ids is not None)  # fmt: skip
+
+
+def _needs_edits(request: Request, num_output: int) -> bool:
+    p = request.params
+    return not _plain(p) and (not _plain(p.clone(min_tokens=0)) or num_output < p.min_tokens)
+
+
+def _edits(state: State, plan: Plan, num_rows: int) -> Edits:
+    V, n = state.limits.vocab_size, len(plan.slots)
+    history, num_history = _history(state, plan, num_rows)
+    allowed = np.full((num_rows, -(-V // 32)), 0xFFFFFFFF, np.uint32)
+    bias_ids = np.full((num_rows, MAX_LOGIT_BIAS), V, np.int32)
+    bias = np.zeros((num_rows, MAX_LOGIT_BIAS), np.float32)
+    penalties = np.zeros((3, num_rows), np.float32)
+    penalties[2] = 1.0
+    num_prompt = _padded(state.seats.num_prompt[plan.slots], num_rows, 0)
+    for i, request in enumerate(plan.requests):
+        p = request.params
+        penalties[:, i] = p.presence_penalty, p.frequency_penalty, p.repetition_penalty
+        if p.logit_bias:
+            bias_ids[i, : len(p.logit_bias)] = list(p.logit_bias)
+            bias[i, : len(p.logit_bias)] = list(p.logit_bias.values())
+        num_output = int(plan.start[i] + plan.num_tokens[i]) - int(num_prompt[i])
+        _allow(allowed[i], request, history[i, : num_history[i]], num_output, V)
+    assert n <= num_rows
+    return Edits(*penalties, history, num_prompt, num_history, allowed, bias_ids, bias)
+
+
+def _history(state: State, plan: Plan, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    history = np.full((num_rows, state.limits.max_model_len), state.limits.vocab_size, np.int32)
+    known = np.minimum(state.seats.num_known[plan.slots], plan.start + plan.num_tokens)
+    for i, (slot, count) in enumerate(zip(plan.slots.tolist(), known.tolist())):
+        history[i, :count] = state.tokens.read()[slot, :count]
+    return history, _padded(known, num_rows, 0)
+
+
+def _allow(words: np.ndarray, request: Request, known: np.ndarray, num_output: int, vocab_size: int) -> None:
+    """Clears the bits of tokens that may not be sampled now."""
+    p, mask = request.params, None
+    banned: set[int] = set()
+    if p.allowed_token_ids is not None:
+        mask = np.zeros(len(words) * 32, bool)
+        mask[list(p.allowed_token_ids)] = True
+    if num_output < p.min_tokens:
+        banned |= request.stop_ids
+    for word in request.bad_words_ids:
+        prefix = word[:-1]
+        if len(prefix) <= max(num_output, 0) and (not prefix or tuple(known[-len(prefix) :].tolist()) == prefix):
+            banned.add(word[-1])
+    if mask is not None:
+        words[:] = np.packbits(mask, bitorder="little").view(np.uint32)
+    for token in banned:
+        if token < vocab_size:
+            words[token // 32] &= ~np.uint32(1 << (token % 32))

@@ -1,0 +1,283 @@
+"""The page pool and its index by content: pure functions over a frozen `Pool`.
+
+A page is in one of three places: *held* (refs > 0), *blank* (nobody holds it, its content is worth nothing) or *cached*
+(nobody holds it, but it is published: its content can be found by its key). New pages come from the blank ones first,
+then from the cached ones, least recently released first. Page 0 is the null page: padding points at it, it is never
+given out.
+
+Keys. A full page is named by a hash of (its parent's key, its tokens); the first page's parent is the salt's hash. So a
+key says everything from the beginning of the sequence to the end of the page. A *tail* is a partly filled page: it is
+filed under its parent's key with the tokens it holds, one a parent, the latest.
+
+Nobody writes where somebody else may read: offset o of page p may be written only if refs[p] == 1 and o >= valid[p]
+(tokens published). Otherwise the writer copies the page first (the scheduler does that).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpaged.versioned import Array, Map
+
+NULL_PAGE = 0
+Key = bytes
+
+
+class Tail(NamedTuple):
+    page: int
+    tokens: tuple[int, ...]
+
+
+class Match(NamedTuple):
+    """What a prompt shares: full pages with their keys, and `tail_tokens` tokens of the page `tail` (-1: none)."""
+
+    pages: list[int]
+    keys: list[Key]
+    tail: int
+    tail_tokens: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    page_size: int
+    refs: Array  # int32 [P]
+    valid: Array  # int32 [P]: tokens published
+    stamp: Array  # int64 [P]: place of a cached page's entry in `queue`; -1: it has none
+    queue: Array  # int32 [2 P]: ring of released published pages, oldest first; stale entries are skipped
+    blank: Array  # int32 [P]: stack of blank pages
+    key_of: Map  # page -> (key or parent's key, is it a tail)
+    full: Map  # key -> page
+    tails: Map  # parent's key -> Tail
+    head: int = 0
+    tail: int = 0
+    num_blank: int = 0  # on the stack
+    num_used: int = 1  # pages below were given out at least once; those above are blank too
+    num_held: int = 0
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.refs.read())
+
+    @property
+    def num_free(self) -> int:
+        """Pages that `take` can give."""
+        return self.num_pages - 1 - self.num_held
+
+    @property
+    def num_cached(self) -> int:
+        return self.num_free - self.num_blank - (self.num_pages - self.num_used)
+
+
+def create(num_pages: int, page_size: int) -> Pool:
+    zeros = lambda n, dtype: Array(np.zeros(n, dtype))
+    stamp = Array(np.full(num_pages, -1, np.int64))
+    return Pool(page_size, zeros(num_pages, np.int32), zeros(num_pages, np.int32), stamp,
+                zeros(2 * num_pages, np.int32), zeros(num_pages, np.int32), Map(), Map(), Map())  # fmt: skip
+
+
+def root(salt: str) -> Key:
+    return hashlib.blake2b(salt.encode(), digest_size=16).digest()
+
+
+def page_key(parent: Key, tokens: np.ndarray) -> Key:
+    """tokens: int32 [K]."""
+    return hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
+
+
+def match(pool: Pool, tokens: np.ndarray, salt: str) -> Match:
+    """The longest known prefix of `tokens`, but at least one token is left to compute."""
+    K, most = pool.page_size, len(tokens) - 1
+    parent, pages, keys = root(salt), [], []
+    while (len(pages) + 1) * K <= most:
+        key = page_key(parent, tokens[len(pages) * K : (len(pages) + 1) * K])
+        page = pool.full.get(key)
+        if page is None:
+            break
+        pages.append(page)
+        keys.append(key)
+        parent = key
+    tail, shared = _match_tail(pool, parent, tokens[len(pages) * K : most])
+    return Match(pages, keys, tail, shared)
+
+
+def _match_tail(pool: Pool, parent: Key, tokens: np.ndarray) -> tuple[int, int]:
+    entry = pool.tails.get(parent)
+    if entry is None:
+        return -1, 0
+    shared = 0
+    for ours, theirs in zip(tokens.tolist(), entry.tokens):
+        if ours != theirs:
+            break
+        shared += 1
+    return (entry.page, shared) if shared else (-1, 0)
+
+
+def hold(pool: Pool, pages: Sequence[int]) -> Pool:
+    """One more holder for each page (each named once)."""
+    if not len(pages):
+        return pool
+    index = np.asarray(pages, np.int64)
+    refs = pool.refs.read()[index]
+    revived = int((refs == 0).sum())
+    return replace(pool, refs=pool.refs.set(index, refs + 1), stamp=pool.stamp.set(index, -1),
+                   num_held=pool.num_held + revived)  # fmt: skip
+
+
+def take(pool: Pool, n: int) -> tuple[Pool, np.ndarray]:
+    """n pages, held once each, their old content forgotten. The caller has looked at `num_free`."""
+    assert n <= pool.num_free, f"{n} pages wanted, {pool.num_free} free"
+    taken: list[np.ndarray] = []
+    from_stack = min(n, pool.num_blank)
+    if from_stack:
+        taken.append(np.array(pool.blank.read()[pool.num_blank - from_stack : pool.num_blank]))
+    fresh = min(n - from_stack, pool.num_pages - pool.num_used)
+    if fresh:
+        taken.append(np.arange(pool.num_used, pool.num_used + fresh, dtype=np.int32))
+    pool = replace(pool, num_blank=pool.num_blank - from_stack, num_used=pool.num_used + fresh)
+    if n - from_stack - fresh:
+        pool, evicted = _evict(pool, n - from_stack - fresh)
+        taken.append(evicted)
+    pages = np.concatenate(taken) if taken else np.zeros(0, np.int32)
+    refs = pool.refs.set(pages, 1) if n else pool.refs
+    return replace(pool, refs=refs, num_held=pool.num_held + n), pages
+
+
+def _evict(pool: Pool, n: int) -> tuple[Pool, np.ndarray]:
+    """The n cached pages that were released first, no longer findable."""
+    queue, stamp, size = pool.queue.read(), pool.stamp.read(), len(pool.queue.read())
+    found: list[np.ndarray] = []
+    head, missing = pool.head, n
+    while missing:
+        places = np.arange(head, min(head + max(64, missing), pool.tail))
+        pages = queue[places % size]
+        live = np.flatnonzero(stamp[pages] == places)[:missing]
+        found.append(pages[live])
+        missing -= len(live)
+        head = int(places[live[-1]]) + 1 if not missing else int(places[-1]) + 1
+    pages = np.concatenate(found)
+    pool = replace(pool, head=head, stamp=pool.stamp.set(pages, -1))
+    return unpublish(pool, pages.tolist()), pages
+
+
+def unpublish(pool: Pool, pages: Sequence[int]) -> Pool:
+    """Makes pages unfindable. Who holds them keeps them."""
+    full, tails, gone = [], [], []
+    for page in pages:
+        entry = pool.key_of.get(page)
+        if entry is not None:
+            gone.append(page)
+            (tails if entry[1] else full).append(entry[0])
+    if not gone:
+        return pool
+    return replace(pool, key_of=pool.key_of.update({}, gone), full=pool.full.update({}, full),
+                   tails=pool.tails.update({}, tails), valid=pool.valid.set(np.asarray(gone), 0))  # fmt: skip
+
+
+def release(pool: Pool, pages: np.ndarray) -> Pool:
+    """One holder less for each page. The last of a chain first, so that it is evicted first."""
+    if not len(pages):
+        return pool
+    pages = pages[::-1]
+    refs = pool.refs.read()[pages] - 1
+    pool = replace(pool, refs=pool.refs.set(pages, refs))
+    free = pages[refs == 0]
+    published = pool.valid.read()[free] > 0
+    cached, blank = free[published], free[~published]
+    pool = replace(pool, num_held=pool.num_held - len(free))
+    if len(blank):
+        places = slice(pool.num_blank, pool.num_blank + len(blank))
+        pool = replace(pool, blank=pool.blank.set(places, blank), num_blank=pool.num_blank + len(blank))
+    return _enqueue(pool, cached) if len(cached) else pool
+
+
+def _enqueue(pool: Pool, pages: np.ndarray) -> Pool:
+    size = len(pool.queue.read())
+    if pool.tail + len(pages) - pool.head > size:
+        pool = _compact(pool)
+    places = np.arange(pool.tail, pool.tail + len(pages))
+    return replace(pool, queue=pool.queue.set(places % size, pages), stamp=pool.stamp.set(pages, places),
+                   tail=pool.tail + len(pages))  # fmt: skip
+
+
+def _compact(pool: Pool) -> Pool:
+    """Drops stale entries: there are at most P live ones, so this happens once in P releases at the most."""
+    size = len(pool.queue.read())
+    places = np.arange(pool.head, pool.tail)
+    pages = pool.queue.read()[places % size]
+    pages = pages[pool.stamp.read()[pages] == places]
+    places = np.arange(pool.tail, pool.tail + len(pages))
+    return replace(pool, queue=pool.queue.set(places % size, pages), stamp=pool.stamp.set(pages, places),
+                   head=pool.tail, tail=pool.tail + len(pages))  # fmt: skip
+
+
+def publish(pool: Pool, page: int, key: Key) -> Pool:
+    """Files a full page under its key, unless another page is there already or this page is filed."""
+    entry = pool.key_of.get(page)
+    if key in pool.full or (entry is not None and not entry[1]):
+        return pool
+    if entry is not None:  # it was a tail and has been filled since
+        pool = unpublish(pool, [page])
+    return replace(pool, full=pool.full.set(key, page), key_of=pool.key_of.set(page, (key, False)),
+                   valid=pool.valid.set(page, pool.page_size))  # fmt: skip
+
+
+def publish_tail(pool: Pool, page: int, parent: Key, tokens: tuple[int, ...]) -> Pool:
+    """Files a partly filled page under its parent, in the place of the one that was there."""
+    entry = pool.key_of.get(page)
+    if not tokens or (entry is not None and not entry[1]):
+        return pool
+    old = pool.tails.get(parent)
+    if old is not None and old.page != page:
+        pool = forget_tail(pool, old.page)
+    return replace(pool, tails=pool.tails.set(parent, Tail(page, tokens)), key_of=pool.key_of.set(page, (parent, True)),
+                   valid=pool.valid.set(page, len(tokens)))  # fmt: skip
+
+
+def forget_tail(pool: Pool, page: int) -> Pool:
+    """Unpublishes a tail; if nobody holds the page it is blank then."""
+    cached = pool.refs.read()[page] == 0
+    pool = unpublish(pool, [page])
+    if not cached:
+        return pool
+    return replace(pool, stamp=pool.stamp.set(page, -1), blank=pool.blank.set(pool.num_blank, page),
+                   num_blank=pool.num_blank + 1)  # fmt: skip
+
+
+def reset(pool: Pool) -> Pool:
+    """Nothing can be found any more; pages that are held stay held."""
+    published = [page for page, _ in pool.key_of.items()]
+    refs = pool.refs.read()
+    cached = np.asarray([page for page in published if refs[page] == 0], np.int32)
+    pool = unpublish(pool, published)
+    if len(cached):
+        places = slice(pool.num_blank, pool.num_blank + len(cached))
+        pool = replace(pool, blank=pool.blank.set(places, cached), num_blank=pool.num_blank + len(cached),
+                       stamp=pool.stamp.set(cached, -1))  # fmt: skip
+    return replace(pool, head=pool.tail)
+
+
+def check(pool: Pool) -> None:
+    """Raises AssertionError if the pool contradicts itself. O(P): for tests and idle moments."""
+    refs, valid, stamp = pool.refs.read(), pool.valid.read(), pool.stamp.read()
+    assert refs[NULL_PAGE] == 0 and valid[NULL_PAGE] == 0, "the null page is in use"
+    assert (refs >= 0).all(), f"negative references: {np.flatnonzero(refs < 0).tolist()}"
+    blank = pool.blank.read()[: pool.num_blank].tolist()
+    assert len(set(blank)) == len(blank), "a page is blank twice"
+    cached = set(np.flatnonzero(stamp >= 0).tolist())
+    for page in blank:
+        assert refs[page] == 0 and valid[page] == 0 and page not in cached, f"blank page {page} is in use"
+    for page in cached:
+        assert refs[page] == 0 and pool.queue.read()[stamp[page] % len(pool.queue.read())] == page
+        assert pool.head <= stamp[page] < pool.tail and page in pool.key_of, f"cached page {page} cannot be found"
+    for page in range(1, pool.num_used):
+        assert (refs[page] > 0) + (page in cached) + (page in set(blank)) == 1, f"page {page} is lost or in two places"
+    for page, (key, is_tail) in pool.key_of.items():
+        found = pool.tails[key].page if is_tail else pool.full[key]
+        assert found == page and valid[page] > 0, f"page {page} is filed wrongly"
+    assert len(pool.key_of) == len(pool.full) + len(pool.tails)
+    assert pool.num_cached == len(cached)

@@ -1,0 +1,629 @@
+"""The scheduler: a value and the pure functions that advance it.
+
+A sequence has `num_tokens` tokens, of which the host knows `num_known` (all, or all but the one that a step in flight is
+sampling) and of which the keys of `num_computed` are cached, or will be once the steps already scheduled have run. There
+is no prefill phase and no decode phase: a step gives each running sequence as many tokens to compute as it lacks and the
+budget has, in the order of their keys (priority, arrival); what is left over admits waiting sequences. A sequence whose
+last token is computed samples one more, and lacks one again.
+
+Order of events in `schedule`:
+  1. Running sequences get tokens, oldest first, under `max_num_batched_tokens`.
+  2. They get pages. If there are too few, the newest running sequence is preempted (its pages are released, its tokens go
+     back to the queue with its old key) and 1 begins again. The oldest is never preempted: it fits alone, or `add` would
+     have refused it. So there is always progress.
+  3. Pages that this step fills with known tokens are published at once: in every layer a step writes keys before it reads
+     them, so a sequence admitted in the same step may already share them.
+  4. Waiting sequences are admitted while budget, slots and pages last: only if all pages of their known tokens are there.
+     One that does not fit makes those behind it wait.
+Then in `commit`, a step (or more) later: tokens become known, sequences end, pages filled by generated tokens and partly
+filled last pages ("tails") are published. Tails only here: who shares one copies it, before the step that needs the copy,
+so what it holds must come from an earlier step.
+
+Invariants (`check`): every page is held or free; its references are the sequences that hold it; a page that is written is
+held once and not published beyond; num_computed <= num_tokens <= max_total_tokens; num_known is num_tokens or one less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpaged import pages
+from jaxpaged.pages import NULL_PAGE, Pool
+from jaxpaged.request import FinishReason, Request, RequestError
+from jaxpaged.versioned import Array, Map
+
+NUM_STOPS = 8  # stop ids of a sequence that are compared for all slots at once; sequences with more are looked at singly
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The fixed sizes of a scheduler. num_pages counts the null page."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    max_model_len: int
+    vocab_size: int
+    policy: str = "fcfs"
+    enable_prefix_caching: bool = True
+    long_prefill_token_threshold: int = 0
+
+    @property
+    def max_pages_per_seq(self) -> int:
+        return -(-self.max_model_len // self.page_size)
+
+
+class Waiting(NamedTuple):
+    """A request in the queue. `tokens`: its prompt, and what it had generated if it was preempted."""
+
+    request: Request
+    tokens: np.ndarray
+    preempted: bool
+
+
+class Seats(NamedTuple):
+    """Small per-slot arrays [S], copied when changed."""
+
+    active: np.ndarray  # bool
+    generation: np.ndarray  # int64: counts the sequences a slot has had
+    num_prompt: np.ndarray  # int32, all below too
+    num_tokens: np.ndarray
+    num_known: np.ndarray
+    num_computed: np.ndarray
+    num_pages: np.ndarray
+    num_published: np.ndarray  # full pages
+    max_total: np.ndarray
+    priority: np.ndarray  # int64
+    arrival: np.ndarray  # int64
+    lagging: np.ndarray  # bool: must not run ahead of what the host knows (bad words of several tokens)
+    stops: np.ndarray  # int32 [S, NUM_STOPS], padded with NO_TOKEN
+
+
+@dataclass(frozen=True)
+class State:
+    limits: Limits
+    pool: Pool
+    seats: Seats
+    requests: Array  # object [S]
+    parents: Array  # object [S]: key of the last published page
+    tokens: Array  # int32 [S, N]
+    page_table: Array  # int32 [S, M]
+    slot_of: Map  # request id -> slot
+    waiting: Map  # request id -> Waiting
+    heap: Any = None
+    num_preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+class Plan(NamedTuple):
+    """One step, in batch order: decodes (one token) first, then chunks."""
+
+    slots: np.ndarray  # int32 [n], all below too
+    generations: np.ndarray
+    start: np.ndarray  # first position
+    num_tokens: np.ndarray
+    samples: np.ndarray  # bool: reaches the sequence's end
+    num_decode: int
+    copies: np.ndarray  # int32 [c, 2]: (source page, destination page)
+    requests: tuple[Request, ...]
+    admitted: tuple[tuple[str, int], ...]  # (id, tokens found in the cache)
+    preempted: tuple[str, ...]
+
+
+class Outputs(NamedTuple):
+    """What a step sampled, a live sequence each."""
+
+    ids: list[str]
+    slots: list[int]
+    generations: list[int]
+    tokens: list[int]
+    reasons: list[FinishReason | None]
+    rows: list[int]
+
+    def items(self) -> Iterator[tuple[str, int, int, int, FinishReason | None, int]]:
+        return zip(*self)
+
+
+@dataclass(frozen=True)
+class Stats:
+    num_running: int
+    num_waiting: int
+    num_held_pages: int
+    num_cached_pages: int
+    num_free_pages: int
+    num_preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+
+
+def initial(limits: Limits) -> State:
+    S, N, M = limits.max_num_seqs, limits.max_model_len, limits.max_pages_per_seq
+    ints = lambda: np.zeros(S, np.int32)
+    seats = Seats(np.zeros(S, bool), np.zeros(S, np.int64), ints(), ints(), ints(), ints(), ints(), ints(), ints(),
+                  np.zeros(S, np.int64), np.zeros(S, np.int64), np.zeros(S, bool),
+                  np.full((S, NUM_STOPS), NO_TOKEN, np.int32))  # fmt: skip
+    return State(limits, pages.create(limits.num_pages, limits.page_size), seats, Array(np.full(S, None, object)),
+                 Array(np.full(S, None, object)), Array(np.zeros((S, N), np.int32)), Array(np.zeros((S, M), np.int32)),
+                 Map(), Map())  # fmt: skip
+
+
+def stats(state: State) -> Stats:
+    pool = state.pool
+    return Stats(len(state.slot_of), len(state.waiting), pool.num_held, pool.num_cached, pool.num_free,
+                 state.num_preemptions, state.prefix_queries, state.prefix_hits)  # fmt: skip
+
+
+# -- the queue: a leftist heap (Crane 1972), nodes (rank, entry, left, right); entries (priority, arrival, id) ------------
+
+
+def _merge(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return a or b
+    if b[1] < a[1]:
+        a, b = b, a
+    left, right = a[2], _merge(a[3], b)
+    if left is None or left[0] < right[0]:
+        left, right = right, left
+    return (1 if right is None else right[0] + 1), a[1], left, right
+
+
+def _entry(limits: Limits, request: Request) -> tuple[int, int, str]:
+    return (request.priority if limits.policy == "priority" else 0), request.arrival, request.id
+
+
+def _push(state: State, waiting: Waiting) -> State:
+    node = (1, _entry(state.limits, waiting.request), None, None)
+    return replace(state, heap=_merge(state.heap, node), waiting=state.waiting.set(waiting.request.id, waiting))
+
+
+def _peek(state: State) -> tuple[State, Waiting | None]:
+    """The next in the queue. Entries of requests that were aborted are dropped on the way."""
+    heap = state.heap
+    while heap is not None:
+        waiting = state.waiting.get(heap[1][2])
+        if waiting is not None and waiting.request.arrival == heap[1][1]:
+            return replace(state, heap=heap), waiting
+        heap = _merge(heap[2], heap[3])
+    return replace(state, heap=None), None
+
+
+def _pop(state: State, waiting: Waiting) -> State:
+    return replace(state, heap=_merge(state.heap[2], state.heap[3]), waiting=state.waiting.delete(waiting.request.id))
+
+
+# -- events ---------------------------------------------------------------------------------------------------------------
+
+
+def check_fits(limits: Limits, request: Request) -> None:
+    """RequestError if the request could not even run alone: it would wait for ever."""
+    K = limits.page_size
+    needed, usable = -(-(request.max_total_tokens - 1) // K), limits.num_pages - 1
+    if request.max_total_tokens > limits.max_model_len or needed > usable:
+        raise RequestError(
+            f"prompt ({len(request.prompt):,} tokens) and output need {needed:,} pages of {K} tokens, the cache has "
+            f"{usable:,} and max_model_len is {limits.max_model_len:,}; set max_tokens to at most "
+            f"{max(0, min(usable * K + 1, limits.max_model_len) - len(request.prompt)):,}, or give the cache more memory.",
+            "max_tokens",
+        )
+
+
+def add(state: State, request: Request) -> State:
+    """Puts a request into the queue."""
+    check_fits(state.limits, request)
+    return _push(state, Waiting(request, np.asarray(request.prompt, np.int32), False))
+
+
+def abort(state: State, request_id: str) -> State:
+    """Ends a request wherever it is; an unknown id changes nothing."""
+    if request_id in state.waiting:
+        return replace(state, waiting=state.waiting.delete(request_id))
+    slot = state.slot_of.get(request_id)
+    return state if slot is None else _end(state, slot)
+
+
+def finish(state: State, slot: int, generation: int) -> State:
+    """Ends the sequence of a slot, unless the slot has another one by now."""
+    if not state.seats.active[slot] or state.seats.generation[slot] != generation:
+        return state
+    return _end(state, slot)
+
+
+def reset_prefix_cache(state: State) -> State:
+    """Nothing that was computed until now is shared with what comes."""
+    seats = state.seats
+    # Pages of running sequences stay unpublished from here on: their chain of keys is broken.
+    closed = np.where(seats.active, np.iinfo(np.int32).max, seats.num_published)
+    return replace(state, pool=pages.reset(state.pool), seats=seats._replace(num_published=closed.astype(np.int32)))
+
+
+def fail(state: State, plan: Plan) -> tuple[State, list[str]]:
+    """A step crashed: its sequences end and nothing that is cached is trusted any more. Returns their ids."""
+    live = [int(s) for s, g in zip(plan.slots, plan.generations) if _is(state, s, g)]
+    return _fail_slots(state, live)
+
+
+def fail_running(state: State) -> tuple[State, list[str]]:
+    """The cache is lost: every running sequence ends. Returns their ids."""
+    return _fail_slots(state, np.flatnonzero(state.seats.active).tolist())
+
+
+def _is(state: State, slot: int, generation: int) -> bool:
+    return bool(state.seats.active[slot]) and state.seats.generation[slot] == generation
+
+
+def _fail_slots(state: State, slots: list[int]) -> tuple[State, list[str]]:
+    ids = [state.requests.read()[slot].id for slot in slots]
+    state = reset_prefix_cache(state)
+    for slot in slots:
+        state = _end(state, slot)
+    return state, ids
+
+
+def _end(state: State, slot: int, trusted: bool = True) -> State:
+    """Frees a slot and its pages. Its tail is published; if its content is not to be trusted, nothing of it stays."""
+    seats, count = state.seats, int(state.seats.num_pages[slot])
+    held = np.array(state.page_table.read()[slot, :count])
+    request = state.requests.read()[slot]
+    if trusted:
+        state = _publish_tail(state, slot, int(min(seats.num_computed[slot], seats.num_known[slot])))
+        pool = state.pool
+    else:
+        pool = pages.unpublish(state.pool, held.tolist())
+    changed = _copied(seats, "active", "num_pages", "generation")
+    changed.active[slot], changed.num_pages[slot] = False, 0
+    changed.generation[slot] += 1
+    return replace(state, pool=pages.release(pool, held), seats=changed, slot_of=state.slot_of.delete(request.id),
+                   requests=state.requests.set(slot, None))  # fmt: skip
+
+
+def _copied(seats: Seats, *names: str) -> Seats:
+    return seats._replace(**{name: getattr(seats, name).copy() for name in names})
+
+
+# -- publishing -----------------------------------------------------------------------------------------------------------
+
+
+def _publish_full(state: State, slots: Sequence[int]) -> State:
+    """Publishes the pages of `slots` that are full of known tokens and computed or about to be."""
+    if not state.limits.enable_prefix_caching or not len(slots):
+        return state
+    K, seats, pool = state.limits.page_size, _copied(state.seats, "num_published"), state.pool
+    parents = {}
+    for slot in slots:
+        full = int(min(seats.num_computed[slot], seats.num_known[slot])) // K
+        parent, tokens, table = state.parents.read()[slot], state.tokens.read()[slot], state.page_table.read()[slot]
+        for i in range(int(seats.num_published[slot]), full):
+            parent = pages.page_key(parent, tokens[i * K : (i + 1) * K])
+            pool = pages.publish(pool, int(table[i]), parent)
+        seats.num_published[slot], parents[slot] = full, parent
+    index = np.fromiter(parents, np.int64, len(parents))
+    values = np.empty(len(parents), object)
+    values[:] = list(parents.values())
+    return replace(state, pool=pool, seats=seats, parents=state.parents.set(index, values))
+
+
+def _publish_tail(state: State, slot: int, upto: int) -> State:
+    """Files the partly filled page that ends at position `upto` of a slot whose full pages are published."""
+    K = state.limits.page_size
+    full = upto // K
+    if not state.limits.enable_prefix_caching or upto % K == 0 or state.seats.num_published[slot] != full:
+        return state
+    tokens = tuple(state.tokens.read()[slot, full * K : upto].tolist())
+    page = int(state.page_table.read()[slot, full])
+    return replace(state, pool=pages.publish_tail(state.pool, page, state.parents.read()[slot], tokens))
+
+
+def _fullness(state: State, slots: np.ndarray) -> np.ndarray:
+    """Those of `slots` that have pages to publish."""
+    s = state.seats
+    full = np.minimum(s.num_computed[slots], s.num_known[slots]) // state.limits.page_size
+    return slots[full > s.num_published[slots]]
+
+
+# -- a step ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Draft:
+    """A plan in the making."""
+
+    slots: np.ndarray
+    counts: np.ndarray
+    budget: int
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    borrowed: list[int] = field(default_factory=list)  # held until the end: a copy's source must not be given away
+    admitted: list[tuple[str, int]] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+
+
+def schedule(state: State) -> tuple[State, Plan]:
+    """Decides the next step. May be called again before the last plan is committed."""
+    draft = _Draft(np.zeros(0, np.int64), np.zeros(0, np.int32), 0)
+    while True:
+        slots, counts = _shares(state)
+        short = _missing_pages(state, slots, counts)
+        if short <= state.pool.num_free:
+            break
+        state, request_id = _preempt_newest(state)
+        draft.preempted.append(request_id)
+    draft.slots, draft.counts = slots, counts
+    draft.budget = state.limits.max_num_batched_tokens - int(counts.sum())
+    state = _give_pages(state, draft)
+    state = _advance(state, slots, counts)
+    if not draft.preempted:
+        state = _admit(state, draft)
+    if draft.borrowed:
+        state = replace(state, pool=_release_each(state.pool, draft.borrowed))
+    return _finish_plan(state, draft)
+
+
+def _release_each(pool: Pool, borrowed: list[int]) -> Pool:
+    for page in borrowed:  # one by one: a page may have been borrowed twice
+        pool = pages.release(pool, np.array([page], np.int32))
+    return pool
+
+
+def _shares(state: State) -> tuple[np.ndarray, np.ndarray]:
+    """Running slots that lack tokens, oldest first, and how many tokens each gets."""
+    s, limits = state.seats, state.limits
+    ready = s.active & (s.num_computed < s.num_tokens) & (s.num_tokens < s.max_total)
+    ready &= ~s.lagging | (s.num_known == s.num_tokens)
+    slots = np.flatnonzero(ready)
+    slots = slots[np.lexsort((s.arrival[slots], s.priority[slots]))]
+    counts = s.num_tokens[slots] - s.num_computed[slots]
+    if limits.long_prefill_token_threshold:
+        counts = np.minimum(counts, limits.long_prefill_token_threshold)
+    over = np.maximum(np.cumsum(counts) - limits.max_num_batched_tokens, 0)
+    counts = np.maximum(counts - over, 0).astype(np.int32)
+    return slots[counts > 0], counts[counts > 0]
+
+
+def _to_copy(state: State, slots: np.ndarray) -> np.ndarray:
+    """bool: the slot's next token goes into a page that somebody else may read there."""
+    s, K = state.seats, state.limits.page_size
+    offset = s.num_computed[slots] % K
+    page = state.page_table.read()[slots, np.minimum(s.num_computed[slots] // K, state.limits.max_pages_per_seq - 1)]
+    return (offset > 0) & ((state.pool.refs.read()[page] > 1) | (offset < state.pool.valid.read()[page]))
+
+
+def _new_pages(state: State, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    s, K = state.seats, state.limits.page_size
+    return np.maximum(-(-(s.num_computed[slots] + counts) // K) - s.num_pages[slots], 0)
+
+
+def _missing_pages(state: State, slots: np.ndarray, counts: np.ndarray) -> int:
+    return int(_new_pages(state, slots, counts).sum() + _to_copy(state, slots).sum())
+
+
+def _give_pages(state: State, draft: _Draft) -> State:
+    """Copy-on-write pages and new ones for the running rows of a draft: they are known to be there."""
+    slots, K = draft.slots, state.limits.page_size
+    copying = slots[_to_copy(state, slots)]
+    if len(copying):
+        pool, fresh = pages.take(state.pool, len(copying))
+        at = state.seats.num_computed[copying] // K
+        old = state.page_table.read()[copying, at].tolist()
+        draft.copies += zip(old, fresh.tolist())
+        draft.borrowed += old  # its reference, which ends with the plan
+        state = replace(state, pool=pool, page_table=state.page_table.set((copying, at), fresh))
+    need = _new_pages(state, slots, draft.counts)
+    growing = slots[need > 0]
+    return _append_pages(state, growing, need[need > 0]) if len(growing) else state
+
+
+def _append_pages(state: State, slots: np.ndarray, need: np.ndarray) -> State:
+    pool, fresh = pages.take(state.pool, int(need.sum()))
+    seats = _copied(state.seats, "num_pages")
+    rows = np.repeat(slots, need)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(need) - need, need)
+    columns = seats.num_pages[rows] + within
+    seats.num_pages[slots] += need.astype(np.int32)
+    return replace(state, pool=pool, seats=seats, page_table=state.page_table.set((rows, columns), fresh))
+
+
+def _advance(state: State, slots: np.ndarray, counts: np.ndarray) -> State:
+    """Counts the tokens as computed and publishes what they fill."""
+    seats = _copied(state.seats, "num_computed")
+    seats.num_computed[slots] += counts
+    state = replace(state, seats=seats)
+    return _publish_full(state, _fullness(state, slots).tolist())
+
+
+def _preempt_newest(state: State) -> tuple[State, str]:
+    s = state.seats
+    slots = np.flatnonzero(s.active)
+    slot = int(slots[np.lexsort((s.arrival[slots], s.priority[slots]))[-1]])
+    request = state.requests.read()[slot]
+    tokens = np.array(state.tokens.read()[slot, : s.num_known[slot]])
+    state = replace(_end(state, slot), num_preemptions=state.num_preemptions + 1)
+    return _push(state, Waiting(request, tokens, True)), request.id
+
+
+# -- admission ------------------------------------------------------------------------------------------------------------
+
+
+def _admit(state: State, draft: _Draft) -> State:
+    free = np.flatnonzero(~state.seats.active).tolist()
+    added: list[tuple[int, int]] = []
+    while free and draft.budget > 0:
+        state, waiting = _peek(state)
+        if waiting is None:
+            break
+        found = _match(state, waiting)
+        if not _has_room(state, waiting, found):
+            break
+        state, count = _seat(_pop(state, waiting), free[0], waiting, found, draft)
+        added.append((free.pop(0), count))
+    if added:
+        draft.slots = np.concatenate([draft.slots, [slot for slot, _ in added]]).astype(np.int64)
+        draft.counts = np.concatenate([draft.counts, [count for _, count in added]]).astype(np.int32)
+    return state
+
+
+def _match(state: State, waiting: Waiting) -> pages.Match:
+    if not state.limits.enable_prefix_caching or waiting.request.params.skip_reading_prefix_cache:
+        return pages.Match([], [], -1, 0)
+    return pages.match(state.pool, waiting.tokens, waiting.request.cache_salt)
+
+
+def _has_room(state: State, waiting: Waiting, found: pages.Match) -> bool:
+    """All pages of the known tokens, counting those that sharing would take out of the free ones."""
+    refs = state.pool.refs.read()
+    shared = [*found.pages, found.tail] if found.tail >= 0 else found.pages
+    revived = sum(1 for page in shared if refs[page] == 0)
+    own = -(-len(waiting.tokens) // state.limits.page_size) - len(found.pages)
+    return own + revived <= state.pool.num_free
+
+
+def _seat(state: State, slot: int, waiting: Waiting, found: pages.Match, draft: _Draft) -> tuple[State, int]:
+    """Gives a request a slot, shared pages, and its first chunk. Returns how many tokens that has."""
+    request, tokens = waiting.request, waiting.tokens
+    cached = len(found.pages) * state.limits.page_size + found.tail_tokens
+    state = _sit_down(state, slot, request, tokens, cached, found)
+    if found.tail >= 0:
+        state = _copy_tail(state, slot, found, draft)
+    count = min(len(tokens) - cached, draft.budget, state.limits.long_prefill_token_threshold or len(tokens))
+    only, counts = np.array([slot]), np.array([count], np.int32)
+    need = _new_pages(state, only, counts)
+    if need[0]:
+        state = _append_pages(state, only, need)
+    state = _advance(state, only, counts)
+    draft.budget -= count
+    draft.admitted.append((request.id, cached))
+    return replace(state, prefix_queries=state.prefix_queries + len(tokens), prefix_hits=state.prefix_hits + cached), count
+
+
+def _sit_down(state: State, slot: int, request: Request, tokens: np.ndarray, cached: int, found: pages.Match) -> State:
+    seats = Seats(*(array.copy() for array in state.seats))
+    seats.active[slot] = True
+    seats.num_prompt[slot], seats.num_tokens[slot] = len(request.prompt), len(tokens)
+    seats.num_known[slot], seats.num_computed[slot] = len(tokens), cached
+    seats.num_pages[slot] = seats.num_published[slot] = len(found.pages)
+    seats.max_total[slot] = request.max_total_tokens
+    seats.priority[slot], seats.arrival[slot], _ = _entry(state.limits, request)
+    seats.lagging[slot] = any(len(word) > 1 for word in request.bad_words_ids)
+    seats.stops[slot] = (sorted(request.stop_ids) + [NO_TOKEN] * NUM_STOPS)[:NUM_STOPS]
+    parent = found.keys[-1] if found.keys else pages.root(request.cache_salt)
+    table = state.page_table
+    if found.pages:
+        table = table.set((slot, slice(0, len(found.pages))), np.asarray(found.pages, np.int32))
+    return replace(
+        state, seats=seats, pool=pages.hold(state.pool, found.pages), page_table=table,
+        tokens=state.tokens.set((slot, slice(0, len(tokens))), tokens), requests=state.requests.set(slot, request),
+        parents=state.parents.set(slot, parent), slot_of=state.slot_of.set(request.id, slot),
+    )  # fmt: skip
+
+
+def _copy_tail(state: State, slot: int, found: pages.Match, draft: _Draft) -> State:
+    """A tail is shared by copying it: its sharer writes into it at once."""
+    pool, (fresh,) = pages.take(pages.hold(state.pool, [found.tail]), 1)
+    draft.copies.append((found.tail, int(fresh)))
+    draft.borrowed.append(found.tail)
+    seats = _copied(state.seats, "num_pages")
+    at = seats.num_pages[slot]
+    seats.num_pages[slot] += 1
+    return replace(state, pool=pool, seats=seats, page_table=state.page_table.set((slot, int(at)), fresh))
+
+
+def _finish_plan(state: State, draft: _Draft) -> tuple[State, Plan]:
+    """Batch order, and the tokens that the step will sample."""
+    order = np.argsort(draft.counts > 1, kind="stable")
+    slots, counts = draft.slots[order], draft.counts[order]
+    seats = state.seats
+    samples = seats.num_computed[slots] == seats.num_tokens[slots]
+    requests = state.requests.read()
+    plan = Plan(
+        slots.astype(np.int32), seats.generation[slots], (seats.num_computed[slots] - counts).astype(np.int32), counts,
+        samples, int((counts == 1).sum()), np.asarray(draft.copies, np.int32).reshape(-1, 2),
+        tuple(requests[slots].tolist()), tuple(draft.admitted), tuple(draft.preempted),
+    )  # fmt: skip
+    seats = _copied(seats, "num_tokens")
+    seats.num_tokens[slots[samples]] += 1
+    return replace(state, seats=seats), plan
+
+
+# -- results --------------------------------------------------------------------------------------------------------------
+
+
+def commit(state: State, plan: Plan, tokens: np.ndarray, finite: np.ndarray) -> tuple[State, Outputs]:
+    """Takes in what a plan's step sampled (`tokens`, `finite` [R] in batch order, padded). Sequences that ended or were
+    preempted meanwhile are passed over."""
+    n, s = len(plan.slots), state.seats
+    live = s.active[plan.slots] & (s.generation[plan.slots] == plan.generations)
+    state = _publish_prompt_tails(state, plan, live)
+    rows = np.flatnonzero(live & plan.samples)
+    slots, new = plan.slots[rows], tokens[:n][rows]
+    at = plan.start[rows] + plan.num_tokens[rows]
+    seats = _copied(state.seats, "num_known")
+    seats.num_known[slots] = at + 1
+    state = replace(state, seats=seats, tokens=state.tokens.set((slots, at), new))
+    state = _publish_full(state, _fullness(state, slots).tolist())
+    reasons = _reasons(state, slots, new, at + 1, finite[:n][rows])
+    requests = state.requests.read()
+    ids = [request.id for request in requests[slots].tolist()]
+    outputs = Outputs(ids, slots.tolist(), plan.generations[rows].tolist(), new.tolist(), reasons, rows.tolist())
+    for slot, reason in zip(outputs.slots, reasons):
+        if reason is not None:
+            state = _end(state, slot, trusted=reason is not FinishReason.ERROR)
+    return state, outputs
+
+
+def _publish_prompt_tails(state: State, plan: Plan, live: np.ndarray) -> State:
+    """The partly filled last page of a prompt that this plan has computed to its end."""
+    s, end = state.seats, plan.start + plan.num_tokens
+    prompt = s.num_prompt[plan.slots]
+    for row in np.flatnonzero(live & (plan.start < prompt) & (end >= prompt)).tolist():
+        state = _publish_tail(state, int(plan.slots[row]), int(min(end[row], s.num_known[plan.slots[row]])))
+    return state
+
+
+def _reasons(state: State, slots: np.ndarray, tokens: np.ndarray, totals: np.ndarray, finite: np.ndarray) -> list:
+    """Why each sequence ends now, None if it goes on."""
+    s = state.seats
+    stopped = (s.stops[slots] == tokens[:, None]).any(1)
+    full = s.stops[slots, -1] != NO_TOKEN
+    ended = totals >= s.max_total[slots]
+    reasons: list[FinishReason | None] = [None] * len(slots)
+    for i in np.flatnonzero(stopped | ended | full | ~finite).tolist():
+        request = state.requests.read()[slots[i]]
+        if not finite[i]:
+            reasons[i] = FinishReason.ERROR
+        elif int(tokens[i]) in request.stop_ids:
+            reasons[i] = FinishReason.STOP
+        elif ended[i]:
+            reasons[i] = FinishReason.LENGTH
+    return reasons
+
+
+# -- checking -------------------------------------------------------------------------------------------------------------
+
+
+def check(state: State) -> None:
+    """Raises AssertionError if an invariant is broken. O(everything): for tests and idle moments."""
+    s, pool, K = state.seats, state.pool, state.limits.page_size
+    table, refs = state.page_table.read(), pool.refs.read()
+    holders = np.zeros(pool.num_pages, np.int64)
+    for slot in np.flatnonzero(s.active).tolist():
+        held = table[slot, : s.num_pages[slot]]
+        assert NULL_PAGE not in held and len(set(held.tolist())) == len(held), f"slot {slot} holds {held}"
+        np.add.at(holders, held, 1)
+        assert s.num_computed[slot] <= s.num_tokens[slot] <= s.max_total[slot], f"slot {slot}: counts {_row(s, slot)}"
+        assert s.num_known[slot] <= s.num_tokens[slot] <= s.num_known[slot] + 1, f"slot {slot}: counts {_row(s, slot)}"
+        assert s.num_pages[slot] == -(-s.num_computed[slot] // K), f"slot {slot}: pages {_row(s, slot)}"
+        assert state.slot_of[state.requests.read()[slot].id] == slot
+    wrong = np.flatnonzero(holders != refs)
+    assert not len(wrong), f"pages {wrong.tolist()} have {refs[wrong]} references, {holders[wrong]} holders"
+    assert pool.num_held == int((refs > 0).sum()), f"{pool.num_held} pages counted as held, {(refs > 0).sum()} are"
+    assert len(state.slot_of) == int(s.active.sum())
+    pages.check(pool)
+
+
+def _row(seats: Seats, slot: int) -> dict[str, Any]:
+    return {name: getattr(seats, name)[slot].tolist() for name in Seats._fields}
