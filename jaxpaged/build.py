@@ -88,7 +88,7 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     stages.done("load the weights")
     runner, plan = _runner(config, decoder_config, leaves, device, progress)
     stages.done("compile")
-    generation_config = {} if checkpoint is None else checkpoint.generation_config
+    generation_config = _generation_config(path, checkpoint)
     eos_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
     engine = Engine(_limits(config, decoder_config, plan.num_pages), runner, runner.buckets, tokenizer, eos_ids,
                     config.max_logprobs, config.async_scheduling, config.seed)  # fmt: skip
@@ -105,6 +105,13 @@ def _use_compilation_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _generation_config(path: Path | None, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    if checkpoint is not None:
+        return checkpoint.generation_config
+    file = None if path is None else path / "generation_config.json"
+    return read_json(file) if file is not None and file.exists() else {}
 
 
 def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:
@@ -126,7 +133,7 @@ def _load(config: EngineConfig, family: Any, decoder_config: DecoderConfig, chec
     if params is not None:
         return weights.from_tree(params, leaves)
     if config.load_format == "dummy":
-        return weights.dummy(leaves, config.seed)
+        return weights.dummy(leaves, config.seed, progress=progress)
     if checkpoint is None:
         raise RequestError("a model given as a config in memory needs params=..., or load_format='dummy'.", "params")
     ignored = (*getattr(family, "IGNORED", ()), *(TIED if decoder_config.tie else ()))
