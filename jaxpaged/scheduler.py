@@ -1,7 +1,7 @@
 """The scheduler: a value and the pure functions that advance it.
 
-A sequence has `num_tokens` tokens, of which the host knows `num_known` (all, or all but the one that a step in flight is
-sampling) and of which the keys of `num_computed` are cached, or will be once the steps already scheduled have run. There
+A sequence has `num_tokens` tokens, of which the host knows `num_known` (all but those that steps in flight are sampling)
+and of which the keys of `num_computed` are cached, or will be once the steps already scheduled have run. There
 is no prefill phase and no decode phase: a step gives each running sequence as many tokens to compute as it lacks and the
 budget has, in the order of their keys (priority, arrival); what is left over admits waiting sequences. A sequence whose
 last token is computed samples one more, and lacks one again.
@@ -20,7 +20,7 @@ filled last pages ("tails") are published. Tails only here: who shares one copie
 so what it holds must come from an earlier step.
 
 Invariants (`check`): every page is held or free; its references are the sequences that hold it; a page that is written is
-held once and not published beyond; num_computed <= num_tokens <= max_total_tokens; num_known is num_tokens or one less.
+held once and not published beyond; num_computed and num_known <= num_tokens <= max_total_tokens.
 """
 
 from __future__ import annotations
@@ -615,7 +615,7 @@ def check(state: State) -> None:
         assert NULL_PAGE not in held and len(set(held.tolist())) == len(held), f"slot {slot} holds {held}"
         np.add.at(holders, held, 1)
         assert s.num_computed[slot] <= s.num_tokens[slot] <= s.max_total[slot], f"slot {slot}: counts {_row(s, slot)}"
-        assert s.num_known[slot] <= s.num_tokens[slot] <= s.num_known[slot] + 1, f"slot {slot}: counts {_row(s, slot)}"
+        assert s.num_known[slot] <= s.num_tokens[slot], f"slot {slot}: counts {_row(s, slot)}"
         assert s.num_pages[slot] == -(-s.num_computed[slot] // K), f"slot {slot}: pages {_row(s, slot)}"
         assert state.slot_of[state.requests.read()[slot].id] == slot
     wrong = np.flatnonzero(holders != refs)

@@ -67,7 +67,8 @@ class Array(_Versioned):
     @staticmethod
     def _exchange(data: np.ndarray, change: Any) -> Any:
         index, values = change
-        old = np.array(data[index])
+        old = data[index]
+        old = old.copy() if isinstance(old, np.ndarray) else old
         data[index] = values
         return index, old
 

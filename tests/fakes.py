@@ -1,0 +1,107 @@
+"""The paper cache: a runner without a model. It stores token ids in pages exactly where a kernel would store keys, and a
+token's successor is a hash of the context *read back through the page table*. `paper_tokens` never heard of pages; if
+both agree, chunking, sharing, copying, preemption, padding, slots and overlap are right, end to end, without JAX."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from jaxpaged.batch import Batch, Sampled, TokenLogprobs
+from jaxpaged.scheduler import Limits
+
+POISON = -7
+
+
+def successor(context: list[int], vocab_size: int) -> int:
+    """The token that follows a context: any change anywhere in the context changes it (nearly always)."""
+    digest = hashlib.blake2b(np.asarray(context, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % vocab_size
+
+
+def paper_tokens(prompt: list[int], count: int, vocab_size: int, stop: frozenset[int] = frozenset()) -> list[int]:
+    """The oracle: `count` tokens, or fewer if one of `stop` comes (it is included)."""
+    context = list(prompt)
+    while len(context) < len(prompt) + count and not (len(context) > len(prompt) and context[-1] in stop):
+        context.append(successor(context, vocab_size))
+    return context[len(prompt) :]
+
+
+class FakeRunner:
+    """A `Runner` on paper. `fail_at`: numbers of the dispatches that raise. Results are worked out at once and handed
+    out by `collect`, as late as the engine asks for them."""
+
+    def __init__(self, limits: Limits, fail_at: frozenset[int] = frozenset()):
+        self.limits, self.fail_at = limits, fail_at
+        self.cache = np.full((limits.num_pages, limits.page_size), POISON, np.int64)
+        self.last_token = np.full(limits.max_num_seqs, POISON, np.int64)
+        self.num_dispatched = 0
+        self.closed = False
+
+    def dispatch(self, batch: Batch) -> Sampled:
+        self.num_dispatched += 1
+        if self.num_dispatched in self.fail_at:
+            raise RuntimeError("out of paper")
+        self._check(batch)
+        if len(batch.copies):
+            self.cache[batch.copies[:, 1]] = self.cache[batch.copies[:, 0]]
+        num_rows = int(batch.counts[1])
+        for row in range(num_rows):  # all rows write before any reads, as in every layer of a model
+            self._write(batch, row)
+        return self._read_all(batch, num_rows)
+
+    def collect(self, handle: Sampled) -> Sampled:
+        return handle
+
+    def recover(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _check(self, batch: Batch) -> None:
+        T, R = len(batch.tokens), len(batch.slots)
+        num_decode, n = batch.counts.tolist()
+        used = int(batch.query_start[n])
+        assert 0 < n <= R and 0 < used <= T
+        assert (batch.page_table >= 0).all() and (batch.page_table < self.limits.num_pages).all()
+        lengths = np.diff(batch.query_start[: n + 1])
+        assert (lengths[:num_decode] == 1).all() and (lengths[num_decode:] > 1).all(), "decodes come first"
+        assert (batch.row_of_token[used:] == R).all() and (batch.slots[n:] == self.limits.max_num_seqs).all()
+        assert (batch.kv_lens[n:] == 0).all() and not batch.samples[n:].any()
+        assert len(set(batch.slots[:n].tolist())) == n
+        assert 0 not in batch.copies, "the null page is copied"
+
+    def _write(self, batch: Batch, row: int) -> None:
+        K, slot = self.limits.page_size, int(batch.slots[row])
+        for i in range(int(batch.query_start[row]), int(batch.query_start[row + 1])):
+            assert batch.row_of_token[i] == row
+            position = int(batch.positions[i])
+            token = int(self.last_token[slot]) if batch.carried[i] else int(batch.tokens[i])
+            assert token >= 0, "a token that was never there"
+            page = int(batch.page_table[row, position // K])
+            assert page > 0, "the null page is written"
+            self.cache[page, position % K] = token
+
+    def context(self, batch: Batch, row: int) -> list[int]:
+        pages = batch.page_table[row, : -(-int(batch.kv_lens[row]) // self.limits.page_size)]
+        return self.cache[pages].reshape(-1)[: int(batch.kv_lens[row])].tolist()
+
+    def _read_all(self, batch: Batch, num_rows: int) -> Sampled:
+        tokens = np.zeros(len(batch.slots), np.int32)
+        for row in range(num_rows):
+            context = self.context(batch, row)
+            assert POISON not in context, "a page was read that nobody has written"
+            tokens[row] = successor(context, self.limits.vocab_size)
+            if batch.samples[row]:
+                self.last_token[batch.slots[row]] = tokens[row]
+        logprobs = _paper_logprobs(tokens) if batch.num_logprobs >= 0 else None
+        prompt = _paper_logprobs(batch.targets) if batch.prompt_logprobs else None
+        return Sampled(tokens, np.ones(len(tokens), bool), logprobs, prompt)
+
+
+def _paper_logprobs(tokens: np.ndarray) -> TokenLogprobs:
+    """A token's logprob is minus itself, so that a test sees which token it belongs to."""
+    one = tokens[:, None].astype(np.int32)
+    return TokenLogprobs(-tokens.astype(np.float32), np.ones(len(tokens), np.int32), one, -one.astype(np.float32))

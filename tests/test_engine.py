@@ -1,0 +1,178 @@
+"""The engine on the paper cache: whatever the schedule, each request gets the tokens of the oracle."""
+
+import pytest
+from fakes import FakeRunner, paper_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxpaged import scheduler
+from jaxpaged.batch import ladder
+from jaxpaged.engine import Engine
+from jaxpaged.request import RequestError, RequestOutputKind, SamplingParams
+from jaxpaged.scheduler import Limits
+
+VOCAB = 50
+EOS = frozenset({7})
+
+
+def engine(fail_at=frozenset(), overlap=True, **changes) -> Engine:
+    base = dict(max_num_seqs=4, max_num_batched_tokens=16, page_size=4, num_pages=40, max_model_len=64, vocab_size=VOCAB)
+    limits = Limits(**{**base, **changes})
+    buckets = ladder(limits.max_num_batched_tokens, limits.max_num_seqs)
+    return Engine(limits, FakeRunner(limits, fail_at), buckets, None, EOS, async_scheduling=overlap)
+
+
+def drain(e: Engine) -> dict:
+    outputs = {}
+    while e.has_work:
+        for output in e.step():
+            outputs[output.request_id] = output
+        scheduler.check(e.state)
+    assert e.stats().num_held_pages == 0
+    return outputs
+
+
+def final(**changes) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": 8, "output_kind": RequestOutputKind.FINAL_ONLY, **changes})
+
+
+loads = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 2), min_size=1, max_size=30),  # few words: many shared prefixes
+        st.integers(1, 20),  # output
+        st.integers(1, 3),  # samples
+        st.integers(0, 6),  # steps before the next arrives
+        st.integers(0, 2),  # priority
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    load=loads,
+    overlap=st.booleans(),
+    num_pages=st.integers(15, 40),
+    max_num_seqs=st.integers(1, 5),
+    budget=st.integers(5, 20),
+    page_size=st.sampled_from([4, 5, 16]),
+    threshold=st.sampled_from([0, 3]),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    caching=st.booleans(),
+)
+def test_every_load_equals_the_oracle(
+    load, overlap, num_pages, max_num_seqs, budget, page_size, threshold, policy, caching
+):
+    e = engine(overlap=overlap, num_pages=num_pages, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, policy=policy,
+               page_size=page_size, long_prefill_token_threshold=threshold, enable_prefix_caching=caching)  # fmt: skip
+    outputs = {}
+    for i, (prompt, output, n, pause, priority) in enumerate(load):
+        params = final(max_tokens=output, n=n, temperature=1.0)
+        e.submit(str(i), prompt, params, priority)
+        for _ in range(pause):
+            outputs |= {o.request_id: o for o in e.step()}
+            scheduler.check(e.state)
+    outputs |= drain(e)
+    for i, (prompt, output, n, _, _) in enumerate(load):
+        expected = paper_tokens(prompt, output, VOCAB, EOS)
+        assert [o.token_ids for o in outputs[str(i)].outputs] == [expected] * n
+        reason = "stop" if expected[-1] in EOS else "length"
+        assert {o.finish_reason for o in outputs[str(i)].outputs} == {reason}
+
+
+def test_overlap_dispatches_ahead_of_reading():
+    e = engine()
+    e.submit("a", [1, 2, 3], final(ignore_eos=True))
+    e.step()
+    assert e.runner.num_dispatched == 1 and not e.state.seats.num_known[0] > 3
+    e.step()
+    assert e.runner.num_dispatched == 2 and e.state.seats.num_known[0] == 4
+
+
+def test_deltas_add_up_to_the_whole():
+    e = engine()
+    e.submit("a", [1, 2, 3], final(output_kind=RequestOutputKind.DELTA, n=2, temperature=1.0, ignore_eos=True, logprobs=0))
+    e.submit("b", [1, 2, 3], final(output_kind=RequestOutputKind.CUMULATIVE, ignore_eos=True))
+    parts, lengths, finished = {0: [], 1: []}, [], []
+    while e.has_work:
+        for output in e.step():
+            for o in output.outputs:
+                if output.request_id == "a":
+                    parts[o.index] += o.token_ids
+                    assert len(o.logprobs) == len(o.token_ids)
+                else:
+                    lengths.append(len(o.token_ids))
+            finished += [output.request_id] * output.finished
+    expected = paper_tokens([1, 2, 3], 8, VOCAB)
+    assert parts == {0: expected, 1: expected}
+    assert lengths == list(range(1, 9)) and sorted(finished) == ["a", "b"]
+
+
+def test_logprobs_belong_to_their_tokens():
+    e = engine(max_num_batched_tokens=5)
+    prompt = [9, 8, 7, 6, 5, 4, 3, 2, 1]
+    e.submit("a", prompt, final(logprobs=1, prompt_logprobs=0, ignore_eos=True))
+    e.submit("b", [1] * 9, final(ignore_eos=True))
+    out = drain(e)["a"]
+    for token, entry in zip(out.outputs[0].token_ids, out.outputs[0].logprobs):
+        assert entry[token].logprob == -token
+    assert out.prompt_logprobs[0] is None
+    assert [next(iter(entry)) for entry in out.prompt_logprobs[1:]] == prompt[1:]
+    assert all(entry[t].logprob == -t for t, entry in zip(prompt[1:], out.prompt_logprobs[1:]))
+
+
+def test_abort_reports_what_there_is_and_frees_the_pages():
+    e = engine()
+    e.submit("a", [1, 2, 3], final(ignore_eos=True, max_tokens=40))
+    e.submit("b", [2, 2, 3], final(ignore_eos=True))
+    for _ in range(4):
+        e.step()
+    e.abort("a")
+    e.abort("nobody")
+    outputs = drain(e)
+    (aborted,) = outputs["a"].outputs
+    assert aborted.finish_reason == "abort"
+    assert aborted.token_ids == paper_tokens([1, 2, 3], 40, VOCAB)[: len(aborted.token_ids)] and aborted.token_ids
+    assert outputs["b"].outputs[0].token_ids == paper_tokens([2, 2, 3], 8, VOCAB)
+
+
+def test_ids_are_unique_while_they_live():
+    e = engine()
+    e.submit("a", [1], final())
+    with pytest.raises(RequestError, match="'a' is in use"):
+        e.submit("a", [2], final())
+    drain(e)
+    e.submit("a", [2], final())
+    assert drain(e)["a"].outputs[0].token_ids == paper_tokens([2], 8, VOCAB, EOS)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_failed_step_fails_its_own_requests_only(overlap):
+    e = engine(frozenset({3}), overlap, max_num_seqs=2)
+    for i in range(4):
+        e.submit(str(i), [i, 2, 3], final(ignore_eos=True))
+    outputs = drain(e)
+    reasons = [outputs[str(i)].outputs[0].finish_reason for i in range(4)]
+    assert reasons == ["error", "error", "length", "length"]
+    assert "out of paper" in outputs["0"].error and outputs["2"].error is None
+    for i in (2, 3):
+        assert outputs[str(i)].outputs[0].token_ids == paper_tokens([i, 2, 3], 8, VOCAB)
+
+
+def test_a_request_that_can_never_fit_is_refused_at_once():
+    e = engine(num_pages=5)
+    with pytest.raises(RequestError, match="the cache has 4"):
+        e.submit("a", [1] * 20, final(max_tokens=20))
+    assert not e.has_work
+
+
+def test_page_waste_is_at_most_one_partly_filled_page_a_sequence():
+    e = engine(max_num_seqs=4)
+    for i in range(4):
+        e.submit(str(i), [i] * (3 + 2 * i), final(ignore_eos=True, max_tokens=20))
+    while e.has_work:
+        e.step()
+        seats = e.state.seats
+        waste = seats.num_pages * 4 - seats.num_computed
+        assert (waste[seats.active] < 4).all()
