@@ -35,7 +35,11 @@ def _remake_buffers(hf, config) -> None:
     """Buffers that are computed, not stored (rotary frequencies, embedding scales), were lost on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    fresh = dict(AutoModelForCausalLM.from_config(config.__class__(**{**config.to_dict(), "num_hidden_layers": 1, "layer_types": None})).named_buffers())
+    fresh = dict(
+        AutoModelForCausalLM.from_config(
+            config.__class__(**{**config.to_dict(), "num_hidden_layers": 1, "layer_types": None})
+        ).named_buffers()
+    )
     for name, buffer in hf.named_buffers():
         if name in fresh:
             buffer.copy_(fresh[name])

@@ -1,6 +1,6 @@
 """Time of the sampler's functions, in milliseconds a call (the median).
 
-    python -m benchmarks.sampler [--rows 1 8 32] [--vocab 49152 128256] [--runs 20] [--json results/sampler.json]
+python -m benchmarks.sampler [--rows 1 8 32] [--vocab 49152 128256] [--runs 20] [--json results/sampler.json]
 """
 
 from __future__ import annotations

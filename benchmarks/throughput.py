@@ -1,7 +1,7 @@
 """Throughput: jaxpaged and Hugging Face `generate` on the same prompts in one run, and their ratio.
 
-    python -m benchmarks.throughput                      workload B (and C with and without prefix sharing)
-    python -m benchmarks.throughput --workloads C --runs 3 --json results/throughput.json
+python -m benchmarks.throughput                      workload B (and C with and without prefix sharing)
+python -m benchmarks.throughput --workloads C --runs 3 --json results/throughput.json
 """
 
 from __future__ import annotations

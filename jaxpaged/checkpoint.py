@@ -124,8 +124,10 @@ def read_header(path: Path, file: IO[bytes]) -> dict[str, Entry]:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"{path} is cut short or is not a safetensors file: its header should have {length} bytes, "
-                         f"the file has {max(0, size - 8)} after the header's length.")
+        raise ValueError(
+            f"{path} is cut short or is not a safetensors file: its header should have {length} bytes, "
+            f"the file has {max(0, size - 8)} after the header's length."
+        )
     try:
         header = json.loads(file.read(length), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
@@ -158,14 +160,18 @@ def _check_extents(path: Path, entries: dict[str, Entry], start: int, size: int)
     for name, e in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         expected = math.prod(e.shape) * e.dtype.itemsize
         if e.end - e.begin != expected:
-            raise ValueError(f"{path}: tensor {name} {e.dtype} {list(e.shape)} needs {expected} bytes, the header "
-                             f"gives it {e.end - e.begin}.")
+            raise ValueError(
+                f"{path}: tensor {name} {e.dtype} {list(e.shape)} needs {expected} bytes, the header "
+                f"gives it {e.end - e.begin}."
+            )
         if e.begin != at:
             what = "overlaps the one before" if e.begin < at else f"follows a gap of {e.begin - at} bytes"
             raise ValueError(f"{path}: tensor {name} {what} (it begins at byte {e.begin}, expected {at}).")
         if e.end > size:
-            raise ValueError(f"{path} is cut short: tensor {name} needs {expected} bytes from byte {e.begin} on, the "
-                             f"file has {max(0, size - e.begin)} of them ({size} bytes in all). Fetch it again.")
+            raise ValueError(
+                f"{path} is cut short: tensor {name} needs {expected} bytes from byte {e.begin} on, the "
+                f"file has {max(0, size - e.begin)} of them ({size} bytes in all). Fetch it again."
+            )
         at = e.end
     if at != size:
         raise ValueError(f"{path} has {size - at} bytes after its last tensor; it is damaged.")
@@ -227,12 +233,16 @@ def weight_files(folder: Path) -> list[str]:
         return sorted(set(_weight_map(folder).values()))
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
-        raise ValueError(f"{folder} has pickled weights only ({', '.join(pickles[:5])}); reading one may run any code, "
-                         "so it is refused. Convert them to safetensors (transformers' `save_pretrained` writes them).")
+        raise ValueError(
+            f"{folder} has pickled weights only ({', '.join(pickles[:5])}); reading one may run any code, "
+            "so it is refused. Convert them to safetensors (transformers' `save_pretrained` writes them)."
+        )
     found = sorted(p.name for p in folder.iterdir())
     hint = "".join(f" To load {name}, give the file itself: {folder / name}." for name in found if ".gguf" in name)
-    raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is among its {len(found)} files "
-                     f"({', '.join(found[:10])}).{hint}")
+    raise ValueError(
+        f"{folder} has no weights: neither {SINGLE} nor {INDEX} is among its {len(found)} files "
+        f"({', '.join(found[:10])}).{hint}"
+    )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -250,8 +260,7 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
     names = weight_files(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} of the {len(names)} files its index names: "
-                         f"{', '.join(missing[:10])}.")
+        raise ValueError(f"{folder} lacks {len(missing)} of the {len(names)} files its index names: {', '.join(missing[:10])}.")
     files = {name: SafetensorsFile(folder / name) for name in names}
     if names == [SINGLE]:
         return dict.fromkeys(files[SINGLE].entries, files[SINGLE])

@@ -319,6 +319,4 @@ def _samples(request: Request) -> list[Request]:
     if n == 1:
         return [request]
     seed = params.seed or 0
-    return [
-        replace(request, id=f"{request.id}/{i}", params=params.clone(n=1, seed=(seed + i) % 2**64)) for i in range(n)
-    ]
+    return [replace(request, id=f"{request.id}/{i}", params=params.clone(n=1, seed=(seed + i) % 2**64)) for i in range(n)]

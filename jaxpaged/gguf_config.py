@@ -26,8 +26,10 @@ def architecture(path: Path, metadata: dict[str, Any]) -> str:
     if arch not in MODEL_TYPES:
         raise ValueError(f"{path}: the architecture {arch!r} is not supported; supported: {', '.join(MODEL_TYPES)}.")
     if metadata.get("split.count", 0) > 1:
-        raise ValueError(f"{path} is one of {metadata['split.count']} parts of a split GGUF; join them first with "
-                         "llama.cpp's `llama-gguf-split --merge`.")
+        raise ValueError(
+            f"{path} is one of {metadata['split.count']} parts of a split GGUF; join them first with "
+            "llama.cpp's `llama-gguf-split --merge`."
+        )
     return arch
 
 
@@ -53,8 +55,9 @@ class _Keys:
         value = self.get(key, default) if default is not None else self.need(key)
         values = set(np.ravel(value).tolist())
         if len(values) != 1:
-            raise ValueError(f"{self.path}: {self.prefix}{key} differs between layers ({sorted(values)}), which is not "
-                             "supported.")
+            raise ValueError(
+                f"{self.path}: {self.prefix}{key} differs between layers ({sorted(values)}), which is not supported."
+            )
         return values.pop()
 
     def must_be(self, key: str, wanted: Any) -> None:

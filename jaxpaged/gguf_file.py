@@ -203,21 +203,26 @@ def _tensors(path: str | Path, entries: list, start: int, size: int) -> dict[str
         tensors[name] = Tensor(name, shape, _quant_type(path, name, kind), start + offset)
         block = tensors[name].type.block
         if not shape or 0 in shape or shape[-1] % block:
-            raise ValueError(f"{path}: tensor {name} of type {tensors[name].type.name} has the impossible shape "
-                             f"{list(shape)} (blocks of {block}).")
+            raise ValueError(
+                f"{path}: tensor {name} of type {tensors[name].type.name} has the impossible shape "
+                f"{list(shape)} (blocks of {block})."
+            )
     for t in sorted(tensors.values(), key=lambda t: t.offset):
         if t.offset + t.nbytes > size:
             has = max(0, size - t.offset)
-            raise ValueError(f"{path} is cut short: tensor {t.name} needs {t.nbytes} bytes from byte {t.offset} on, "
-                             f"the file has {has} of them ({size} bytes in all). {AGAIN}")
+            raise ValueError(
+                f"{path} is cut short: tensor {t.name} needs {t.nbytes} bytes from byte {t.offset} on, "
+                f"the file has {has} of them ({size} bytes in all). {AGAIN}"
+            )
     return tensors
 
 
 def _quant_type(path: str | Path, name: str, kind: int) -> QuantType:
     if kind not in TYPES:
         known = ", ".join(t.name for t in TYPES.values())
-        raise ValueError(f"{path}: tensor {name} has type {OTHER_TYPES.get(kind, kind)}, which cannot be read; types "
-                         f"that can: {known}.")
+        raise ValueError(
+            f"{path}: tensor {name} has type {OTHER_TYPES.get(kind, kind)}, which cannot be read; types that can: {known}."
+        )
     return TYPES[kind]
 
 

@@ -94,8 +94,10 @@ _SYMBOLS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}"
 _QWEN2 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_SYMBOLS}"
-_QWEN35 = (rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
-           rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}")
+_QWEN35 = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
+    rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = [rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"]
 _TEKKEN = "|".join([*_CASED, r"\p{N}", _SYMBOLS_SLASH])
@@ -140,12 +142,14 @@ class Kind:
 
 class _Falcon(Kind):
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:  # cuts punctuation before, and digits after, GPT-2's cut
-        return pre_tokenizers.Sequence([
-            pre_tokenizers.Punctuation(behavior="contiguous"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            pre_tokenizers.Digits(individual_digits=False),
-            _cut("[0-9][0-9][0-9]"),
-        ])
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Punctuation(behavior="contiguous"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+                pre_tokenizers.Digits(individual_digits=False),
+                _cut("[0-9][0-9][0-9]"),
+            ]
+        )
 
 
 def _cut(rule: str) -> pre_tokenizers.PreTokenizer:
@@ -172,9 +176,16 @@ KINDS: dict[str, Kind] = {
     "qwen35": Kind((_QWEN35,), nfc=True),
     "tekken": Kind((_TEKKEN,), whole_words=True, bos=True),
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O_KIND),
-    "deepseek-llm": Kind((r"[\r\n]", rf"\s?{_char_class(_CASED_LETTERS)}+",
-                          r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$", _HAN_HANGUL,
-                          "digits")),
+    "deepseek-llm": Kind(
+        (
+            r"[\r\n]",
+            rf"\s?{_char_class(_CASED_LETTERS)}+",
+            r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+            r"\s+$",
+            _HAN_HANGUL,
+            "digits",
+        )
+    ),
     "deepseek-coder": Kind((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_HANGUL, "digits")),
     "deepseek-v3": Kind((r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3)),
     "falcon": _Falcon(),
@@ -183,8 +194,10 @@ KINDS: dict[str, Kind] = {
 
 def kind_of(name: str) -> Kind:
     if name not in KINDS:
-        raise ValueError(f"tokenizer.ggml.pre is {name!r}, a way to cut text that is not known here. Known: "
-                         f"{', '.join(sorted(KINDS))}. Use the model's original tokenizer.json instead.")
+        raise ValueError(
+            f"tokenizer.ggml.pre is {name!r}, a way to cut text that is not known here. Known: "
+            f"{', '.join(sorted(KINDS))}. Use the model's original tokenizer.json instead."
+        )
     return KINDS[name]
 
 
@@ -208,8 +221,11 @@ class Vocabulary:
     def add_to(self, tokenizer: Tokenizer, normalized: bool) -> None:
         """Control tokens (special: never part of decoded text unless asked) and user-defined ones (plain text that is
         always one token)."""
-        added = [AddedToken(t, special=k == CONTROL, normalized=normalized and k != CONTROL)
-                 for t, k in zip(self.tokens, self.types) if k in (CONTROL, USER_DEFINED) and t]
+        added = [
+            AddedToken(t, special=k == CONTROL, normalized=normalized and k != CONTROL)
+            for t, k in zip(self.tokens, self.types)
+            if k in (CONTROL, USER_DEFINED) and t
+        ]
         tokenizer.add_tokens(added)
 
 
@@ -231,8 +247,7 @@ def byte_level(vocabulary: Vocabulary, kind: Kind) -> Tokenizer:
 def sentencepiece(vocabulary: Vocabulary, space_prefix: bool) -> Tokenizer:
     """A SentencePiece BPE tokenizer with byte fallback. space_prefix: text begins with a space (Llama, not Gemma)."""
     if not space_prefix:  # then user-defined tokens match after " " became the block: spell them so
-        spelled = [t.replace(" ", "▁") if k == USER_DEFINED else t
-                   for t, k in zip(vocabulary.tokens, vocabulary.types)]
+        spelled = [t.replace(" ", "▁") if k == USER_DEFINED else t for t, k in zip(vocabulary.tokens, vocabulary.types)]
         vocabulary = Vocabulary(spelled, vocabulary.types, vocabulary.scores, vocabulary.merges, vocabulary.unknown)
     ids, unknown = vocabulary.ids(), vocabulary.unknown
     if vocabulary.merges is None:
@@ -290,8 +305,10 @@ def from_metadata(meta: dict[str, Any]) -> Tokenizer:
     model = meta.get("tokenizer.ggml.model")
     tokens = meta.get("tokenizer.ggml.tokens")
     if tokens is None or model not in ("gpt2", "llama", "gemma4"):
-        raise ValueError(f"tokenizer.ggml.model is {model!r}; known are 'gpt2' (byte-level BPE) and 'llama' "
-                         f"(SentencePiece BPE). Use the model's original tokenizer.json instead.")
+        raise ValueError(
+            f"tokenizer.ggml.model is {model!r}; known are 'gpt2' (byte-level BPE) and 'llama' "
+            f"(SentencePiece BPE). Use the model's original tokenizer.json instead."
+        )
     types = meta.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     unknown = meta.get("tokenizer.ggml.unknown_token_id", types.index(UNKNOWN) if UNKNOWN in types else None)
     scores, merges = meta.get("tokenizer.ggml.scores") or [], meta.get("tokenizer.ggml.merges")
@@ -376,8 +393,10 @@ def _fields(data: Any):
 
 def from_sentencepiece(path: Path) -> Tokenizer:
     """The tokenizer of a SentencePiece BPE model file without text normalisation (Llama, Gemma, Mistral ...)."""
-    convert = ("Convert it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) "
-               "writes the tokenizer.json that is read here.")
+    convert = (
+        "Convert it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) "
+        "writes the tokenizer.json that is read here."
+    )
     pieces, trainer, normalizer = [], {}, {}
     try:
         for number, value in _fields(path.read_bytes()):
@@ -388,8 +407,9 @@ def from_sentencepiece(path: Path) -> Tokenizer:
     except (IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a SentencePiece model ({error}).") from error
     if trainer.get(3, 1) != 2 or normalizer.get(2):  # model_type BPE = 2; precompiled_charsmap
-        raise ValueError(f"{path} is a SentencePiece model of a kind that is not read here (unigram, or with text "
-                         f"normalisation). {convert}")
+        raise ValueError(
+            f"{path} is a SentencePiece model of a kind that is not read here (unigram, or with text normalisation). {convert}"
+        )
     tokens, types = [p.get(1, b"").decode() for p in pieces], [p.get(3, NORMAL) for p in pieces]
     scores = [struct.unpack("<f", p.get(2, b"\0\0\0\0"))[0] for p in pieces]
     vocabulary = Vocabulary(tokens, types, scores, None, types.index(UNKNOWN) if UNKNOWN in types else None)
@@ -403,8 +423,10 @@ def from_vocab_and_merges(vocab: dict[str, int], merges: list[str], tokenizer_cl
     """A GPT-2 style tokenizer from vocab.json and the lines of merges.txt."""
     name = (tokenizer_class or "GPT2Tokenizer").removesuffix("Fast").removesuffix("Tokenizer")
     if name not in CLASS_KINDS:
-        raise ValueError(f"vocab.json and merges.txt do not say how {tokenizer_class} cuts text. Load it once with "
-                         f"transformers and save_pretrained it: that writes the tokenizer.json read here.")
+        raise ValueError(
+            f"vocab.json and merges.txt do not say how {tokenizer_class} cuts text. Load it once with "
+            f"transformers and save_pretrained it: that writes the tokenizer.json read here."
+        )
     tokens = [""] * (max(vocab.values()) + 1)
     for token, i in vocab.items():
         tokens[i] = token

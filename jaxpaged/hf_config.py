@@ -34,9 +34,7 @@ class HFConfig(Mapping[str, Any]):
     config: the keys. overrides: replace them (a value of None switches a key off). source: the file, for messages.
     """
 
-    def __init__(
-        self, config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, source: Any = "the config"
-    ):
+    def __init__(self, config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, source: Any = "the config"):
         self.values_by_key = {**config, **(overrides or {})}
         self.source, self.read = source, set[str]()
 

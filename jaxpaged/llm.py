@@ -225,4 +225,3 @@ class LLM:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-

@@ -140,9 +140,7 @@ def _width(asked: int | None, values: TokenLogprobs) -> int:
     return values.top.shape[1] if asked == -1 else asked or 0
 
 
-def logprob_entry(
-    values: TokenLogprobs, row: int, token: int, width: int, tokenizer: Tokenizer | None
-) -> dict[int, Logprob]:
+def logprob_entry(values: TokenLogprobs, row: int, token: int, width: int, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
     """The chosen token and the `width` most probable ones, by token id."""
 
     def text(token: int) -> str | None:

@@ -34,16 +34,13 @@ class RequestError(ValueError):
         return type(self), (self.message, self.param, self.status)
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     """Why a sequence ended: OpenAI's words, plus `abort` and `error`."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class RequestOutputKind(enum.Enum):
@@ -165,8 +162,9 @@ class SamplingParams:
             _check(_is_finite(value) and -2 <= value <= 2, name, "a number in [-2, 2]", value)
         value = self.repetition_penalty
         _check(_is_finite(value) and value > 0, "repetition_penalty", "a finite number > 0", value)
-        _check(_is_finite(self.temperature) and 0 <= self.temperature <= 2, "temperature", "a number in [0, 2]",
-               self.temperature)
+        _check(
+            _is_finite(self.temperature) and 0 <= self.temperature <= 2, "temperature", "a number in [0, 2]", self.temperature
+        )
         _check(_is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
         _check(_is_int(self.top_k) and self.top_k >= 0, "top_k", "0 or -1 (off), or a positive integer", self.top_k)
         _check(_is_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p)
@@ -176,8 +174,9 @@ class SamplingParams:
         _check(ok_max, "max_tokens", "None or an integer >= 1", self.max_tokens)
         _check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer >= 0", self.min_tokens)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens ({self.min_tokens}) must not be larger than max_tokens "
-                               f"({self.max_tokens}).", "min_tokens")
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not be larger than max_tokens ({self.max_tokens}).", "min_tokens"
+            )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _check(value is None or (_is_int(value) and value >= -1), name, "None, -1 (all) or an integer >= 0", value)
@@ -191,15 +190,27 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name) or ()
             _check(all(_is_int(t) and t >= 0 for t in value), name, "token ids (integers >= 0)", value)
-        _check(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids",
-               "None or a non-empty list", self.allowed_token_ids)
+        _check(
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids",
+            "None or a non-empty list",
+            self.allowed_token_ids,
+        )
         words = self.bad_words or ()
         _check(all(isinstance(w, str) and w for w in words), "bad_words", "non-empty strings", words)
         _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} words", len(words))
-        _check(self.logit_bias is None or isinstance(self.logit_bias, dict), "logit_bias",
-               "a dict of token id -> bias", self.logit_bias)
-        _check(len(self.logit_bias or ()) <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries",
-               len(self.logit_bias or ()))
+        _check(
+            self.logit_bias is None or isinstance(self.logit_bias, dict),
+            "logit_bias",
+            "a dict of token id -> bias",
+            self.logit_bias,
+        )
+        _check(
+            len(self.logit_bias or ()) <= MAX_LOGIT_BIAS,
+            "logit_bias",
+            f"at most {MAX_LOGIT_BIAS} entries",
+            len(self.logit_bias or ()),
+        )
 
     @property
     def greedy(self) -> bool:

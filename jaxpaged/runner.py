@@ -114,9 +114,7 @@ class ModelRunner:
         """Creates the cache, empty. The old one, if any, is let go first."""
         self._caches = ()
         d = self.dims
-        self._caches = tuple(
-            kv_cache.create(self.config, d.num_pages, d.page_size, self.cache_dtype, self.device)
-        )
+        self._caches = tuple(kv_cache.create(self.config, d.num_pages, d.page_size, self.cache_dtype, self.device))
 
     def memory(self) -> Memory:
         """What the compiled programs need, from XLA's `memory_analysis()`."""

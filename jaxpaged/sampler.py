@@ -256,9 +256,7 @@ def logprobs(logits: Array, tokens: Array, k: int) -> TokenLogprobs:
     return TokenLogprobs(normal(chosen)[:, 0], rank, top_ids, normal(top))
 
 
-def prompt_logprobs(
-    hidden: Array, head: Callable[[Array], Array], targets: Array, k: int, chunk: int = 64
-) -> TokenLogprobs:
+def prompt_logprobs(hidden: Array, head: Callable[[Array], Array], targets: Array, k: int, chunk: int = 64) -> TokenLogprobs:
     """`logprobs` of targets int32 [T] from hidden rows [T, E], `chunk` rows at a time: logits of all rows at once would
     be [T, V]. head: hidden rows [C, E] -> logits [C, V]."""
     T = len(targets)

@@ -25,177 +25,34 @@ held once and not published beyond; num_computed and num_known <= num_tokens <= 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpaged import pages
-from jaxpaged.pages import NULL_PAGE, Pool
+from jaxpaged import pages, publish
+from jaxpaged import waiting as queue
+from jaxpaged.pages import Pool
 from jaxpaged.request import FinishReason, Request, RequestError
-from jaxpaged.versioned import Array, Map
+from jaxpaged.state import (
+    NO_TOKEN,
+    NUM_STOPS,
+    Limits,
+    Outputs,
+    Plan,
+    Seats,
+    State,
+    Stats,
+    Waiting,
+    check,
+    copied,
+    initial,
+    stats,
+)
 
-NUM_STOPS = 8  # stop ids of a sequence that are compared for all slots at once; sequences with more are looked at singly
-NO_TOKEN = -1
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The fixed sizes of a scheduler. num_pages counts the null page."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    page_size: int
-    num_pages: int
-    max_model_len: int
-    vocab_size: int
-    policy: str = "fcfs"
-    enable_prefix_caching: bool = True
-    long_prefill_token_threshold: int = 0
-
-    @property
-    def max_pages_per_seq(self) -> int:
-        return -(-self.max_model_len // self.page_size)
-
-
-class Waiting(NamedTuple):
-    """A request in the queue. `tokens`: its prompt, and what it had generated if it was preempted."""
-
-    request: Request
-    tokens: np.ndarray
-    preempted: bool
-
-
-class Seats(NamedTuple):
-    """Small per-slot arrays [S], copied when changed."""
-
-    active: np.ndarray  # bool
-    generation: np.ndarray  # int64: counts the sequences a slot has had
-    num_prompt: np.ndarray  # int32, all below too
-    num_tokens: np.ndarray
-    num_known: np.ndarray
-    num_computed: np.ndarray
-    num_pages: np.ndarray
-    num_published: np.ndarray  # full pages
-    max_total: np.ndarray
-    priority: np.ndarray  # int64
-    arrival: np.ndarray  # int64
-    lagging: np.ndarray  # bool: must not run ahead of what the host knows (bad words of several tokens)
-    stops: np.ndarray  # int32 [S, NUM_STOPS], padded with NO_TOKEN
-
-
-@dataclass(frozen=True)
-class State:
-    limits: Limits
-    pool: Pool
-    seats: Seats
-    requests: Array  # object [S]
-    parents: Array  # object [S]: key of the last published page
-    tokens: Array  # int32 [S, N]
-    page_table: Array  # int32 [S, M]
-    slot_of: Map  # request id -> slot
-    waiting: Map  # request id -> Waiting
-    heap: Any = None
-    num_preemptions: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-
-
-class Plan(NamedTuple):
-    """One step, in batch order: decodes (one token) first, then chunks."""
-
-    slots: np.ndarray  # int32 [n], all below too
-    generations: np.ndarray
-    start: np.ndarray  # first position
-    num_tokens: np.ndarray
-    samples: np.ndarray  # bool: reaches the sequence's end
-    num_decode: int
-    copies: np.ndarray  # int32 [c, 2]: (source page, destination page)
-    requests: tuple[Request, ...]
-    admitted: tuple[tuple[str, int], ...]  # (id, tokens found in the cache)
-    preempted: tuple[str, ...]
-
-
-class Outputs(NamedTuple):
-    """What a step sampled, a live sequence each."""
-
-    ids: list[str]
-    slots: list[int]
-    generations: list[int]
-    tokens: list[int]
-    reasons: list[FinishReason | None]
-    rows: list[int]
-
-    def items(self) -> Iterator[tuple[str, int, int, int, FinishReason | None, int]]:
-        return zip(*self)
-
-
-@dataclass(frozen=True)
-class Stats:
-    num_running: int
-    num_waiting: int
-    num_held_pages: int
-    num_cached_pages: int
-    num_free_pages: int
-    num_preemptions: int
-    prefix_queries: int
-    prefix_hits: int
-
-
-def initial(limits: Limits) -> State:
-    S, N, M = limits.max_num_seqs, limits.max_model_len, limits.max_pages_per_seq
-    ints = lambda: np.zeros(S, np.int32)
-    seats = Seats(np.zeros(S, bool), np.zeros(S, np.int64), ints(), ints(), ints(), ints(), ints(), ints(), ints(),
-                  np.zeros(S, np.int64), np.zeros(S, np.int64), np.zeros(S, bool),
-                  np.full((S, NUM_STOPS), NO_TOKEN, np.int32))  # fmt: skip
-    return State(limits, pages.create(limits.num_pages, limits.page_size), seats, Array(np.full(S, None, object)),
-                 Array(np.full(S, None, object)), Array(np.zeros((S, N), np.int32)), Array(np.zeros((S, M), np.int32)),
-                 Map(), Map())  # fmt: skip
-
-
-def stats(state: State) -> Stats:
-    pool = state.pool
-    return Stats(len(state.slot_of), len(state.waiting), pool.num_held, pool.num_cached, pool.num_free,
-                 state.num_preemptions, state.prefix_queries, state.prefix_hits)  # fmt: skip
-
-
-# -- the queue: a leftist heap (Crane 1972), nodes (rank, entry, left, right); entries (priority, arrival, id) ------------
-
-
-def _merge(a: Any, b: Any) -> Any:
-    if a is None or b is None:
-        return a or b
-    if b[1] < a[1]:
-        a, b = b, a
-    left, right = a[2], _merge(a[3], b)
-    if left is None or left[0] < right[0]:
-        left, right = right, left
-    return (1 if right is None else right[0] + 1), a[1], left, right
-
-
-def _entry(limits: Limits, request: Request) -> tuple[int, int, str]:
-    return (request.priority if limits.policy == "priority" else 0), request.arrival, request.id
-
-
-def _push(state: State, waiting: Waiting) -> State:
-    node = (1, _entry(state.limits, waiting.request), None, None)
-    return replace(state, heap=_merge(state.heap, node), waiting=state.waiting.set(waiting.request.id, waiting))
-
-
-def _peek(state: State) -> tuple[State, Waiting | None]:
-    """The next in the queue. Entries of requests that were aborted are dropped on the way."""
-    heap = state.heap
-    while heap is not None:
-        waiting = state.waiting.get(heap[1][2])
-        if waiting is not None and waiting.request.arrival == heap[1][1]:
-            return replace(state, heap=heap), waiting
-        heap = _merge(heap[2], heap[3])
-    return replace(state, heap=None), None
-
-
-def _pop(state: State, waiting: Waiting) -> State:
-    return replace(state, heap=_merge(state.heap[2], state.heap[3]), waiting=state.waiting.delete(waiting.request.id))
+__all__ = [
+    "Limits", "Outputs", "Plan", "State", "Stats", "abort", "add", "check", "check_fits", "commit", "fail", "fail_running",
+    "finish", "initial", "reset_prefix_cache", "schedule", "stats",
+]  # fmt: skip
 
 
 # -- events ---------------------------------------------------------------------------------------------------------------
@@ -217,7 +74,7 @@ def check_fits(limits: Limits, request: Request) -> None:
 def add(state: State, request: Request) -> State:
     """Puts a request into the queue."""
     check_fits(state.limits, request)
-    return _push(state, Waiting(request, np.asarray(request.prompt, np.int32), False))
+    return queue.push(state, Waiting(request, np.asarray(request.prompt, np.int32), False))
 
 
 def abort(state: State, request_id: str) -> State:
@@ -272,59 +129,15 @@ def _end(state: State, slot: int, trusted: bool = True) -> State:
     held = np.array(state.page_table.read()[slot, :count])
     request = state.requests.read()[slot]
     if trusted:
-        state = _publish_tail(state, slot, int(min(seats.num_computed[slot], seats.num_known[slot])))
+        state = publish.tail(state, slot, int(min(seats.num_computed[slot], seats.num_known[slot])))
         pool = state.pool
     else:
         pool = pages.unpublish(state.pool, held.tolist())
-    changed = _copied(seats, "active", "num_pages", "generation")
+    changed = copied(seats, "active", "num_pages", "generation")
     changed.active[slot], changed.num_pages[slot] = False, 0
     changed.generation[slot] += 1
     return replace(state, pool=pages.release(pool, held), seats=changed, slot_of=state.slot_of.delete(request.id),
                    requests=state.requests.set(slot, None))  # fmt: skip
-
-
-def _copied(seats: Seats, *names: str) -> Seats:
-    return seats._replace(**{name: getattr(seats, name).copy() for name in names})
-
-
-# -- publishing -----------------------------------------------------------------------------------------------------------
-
-
-def _publish_full(state: State, slots: Sequence[int]) -> State:
-    """Publishes the pages of `slots` that are full of known tokens and computed or about to be."""
-    if not state.limits.enable_prefix_caching or not len(slots):
-        return state
-    K, seats, pool = state.limits.page_size, _copied(state.seats, "num_published"), state.pool
-    parents = {}
-    for slot in slots:
-        full = int(min(seats.num_computed[slot], seats.num_known[slot])) // K
-        parent, tokens, table = state.parents.read()[slot], state.tokens.read()[slot], state.page_table.read()[slot]
-        for i in range(int(seats.num_published[slot]), full):
-            parent = pages.page_key(parent, tokens[i * K : (i + 1) * K])
-            pool = pages.publish(pool, int(table[i]), parent)
-        seats.num_published[slot], parents[slot] = full, parent
-    index = np.fromiter(parents, np.int64, len(parents))
-    values = np.empty(len(parents), object)
-    values[:] = list(parents.values())
-    return replace(state, pool=pool, seats=seats, parents=state.parents.set(index, values))
-
-
-def _publish_tail(state: State, slot: int, upto: int) -> State:
-    """Files the partly filled page that ends at position `upto` of a slot whose full pages are published."""
-    K = state.limits.page_size
-    full = upto // K
-    if not state.limits.enable_prefix_caching or upto % K == 0 or state.seats.num_published[slot] != full:
-        return state
-    tokens = tuple(state.tokens.read()[slot, full * K : upto].tolist())
-    page = int(state.page_table.read()[slot, full])
-    return replace(state, pool=pages.publish_tail(state.pool, page, state.parents.read()[slot], tokens))
-
-
-def _fullness(state: State, slots: np.ndarray) -> np.ndarray:
-    """Those of `slots` that have pages to publish."""
-    s = state.seats
-    full = np.minimum(s.num_computed[slots], s.num_known[slots]) // state.limits.page_size
-    return slots[full > s.num_published[slots]]
 
 
 # -- a step ---------------------------------------------------------------------------------------------------------------
@@ -420,7 +233,7 @@ def _give_pages(state: State, draft: _Draft) -> State:
 
 def _append_pages(state: State, slots: np.ndarray, need: np.ndarray) -> State:
     pool, fresh = pages.take(state.pool, int(need.sum()))
-    seats = _copied(state.seats, "num_pages")
+    seats = copied(state.seats, "num_pages")
     rows = np.repeat(slots, need)
     within = np.arange(len(rows)) - np.repeat(np.cumsum(need) - need, need)
     columns = seats.num_pages[rows] + within
@@ -430,10 +243,10 @@ def _append_pages(state: State, slots: np.ndarray, need: np.ndarray) -> State:
 
 def _advance(state: State, slots: np.ndarray, counts: np.ndarray) -> State:
     """Counts the tokens as computed and publishes what they fill."""
-    seats = _copied(state.seats, "num_computed")
+    seats = copied(state.seats, "num_computed")
     seats.num_computed[slots] += counts
     state = replace(state, seats=seats)
-    return _publish_full(state, _fullness(state, slots).tolist())
+    return publish.full_pages(state, publish.with_full_pages(state, slots).tolist())
 
 
 def _preempt_newest(state: State) -> tuple[State, str]:
@@ -443,7 +256,7 @@ def _preempt_newest(state: State) -> tuple[State, str]:
     request = state.requests.read()[slot]
     tokens = np.array(state.tokens.read()[slot, : s.num_known[slot]])
     state = replace(_end(state, slot), num_preemptions=state.num_preemptions + 1)
-    return _push(state, Waiting(request, tokens, True)), request.id
+    return queue.push(state, Waiting(request, tokens, True)), request.id
 
 
 # -- admission ------------------------------------------------------------------------------------------------------------
@@ -453,13 +266,13 @@ def _admit(state: State, draft: _Draft) -> State:
     free = np.flatnonzero(~state.seats.active).tolist()
     added: list[tuple[int, int]] = []
     while free and draft.budget > 0:
-        state, waiting = _peek(state)
+        state, waiting = queue.peek(state)
         if waiting is None:
             break
         found = _match(state, waiting)
         if not _has_room(state, waiting, found):
             break
-        state, count = _seat(_pop(state, waiting), free[0], waiting, found, draft)
+        state, count = _seat(queue.pop(state, waiting), free[0], waiting, found, draft)
         added.append((free.pop(0), count))
     if added:
         draft.slots = np.concatenate([draft.slots, [slot for slot, _ in added]]).astype(np.int64)
@@ -507,7 +320,7 @@ def _sit_down(state: State, slot: int, request: Request, tokens: np.ndarray, cac
     seats.num_known[slot], seats.num_computed[slot] = len(tokens), cached
     seats.num_pages[slot] = seats.num_published[slot] = len(found.pages)
     seats.max_total[slot] = request.max_total_tokens
-    seats.priority[slot], seats.arrival[slot], _ = _entry(state.limits, request)
+    seats.priority[slot], seats.arrival[slot], _ = queue.key_of(state.limits, request)
     seats.lagging[slot] = any(len(word) > 1 for word in request.bad_words_ids)
     seats.stops[slot] = (sorted(request.stop_ids) + [NO_TOKEN] * NUM_STOPS)[:NUM_STOPS]
     parent = found.keys[-1] if found.keys else pages.root(request.cache_salt)
@@ -526,7 +339,7 @@ def _copy_tail(state: State, slot: int, found: pages.Match, draft: _Draft) -> St
     pool, (fresh,) = pages.take(pages.hold(state.pool, [found.tail]), 1)
     draft.copies.append((found.tail, int(fresh)))
     draft.borrowed.append(found.tail)
-    seats = _copied(state.seats, "num_pages")
+    seats = copied(state.seats, "num_pages")
     at = seats.num_pages[slot]
     seats.num_pages[slot] += 1
     return replace(state, pool=pool, seats=seats, page_table=state.page_table.set((slot, int(at)), fresh))
@@ -544,7 +357,7 @@ def _finish_plan(state: State, draft: _Draft) -> tuple[State, Plan]:
         samples, int((counts == 1).sum()), np.asarray(draft.copies, np.int32).reshape(-1, 2),
         tuple(requests[slots].tolist()), tuple(draft.admitted), tuple(draft.preempted),
     )  # fmt: skip
-    seats = _copied(seats, "num_tokens")
+    seats = copied(seats, "num_tokens")
     seats.num_tokens[slots[samples]] += 1
     return replace(state, seats=seats), plan
 
@@ -561,10 +374,10 @@ def commit(state: State, plan: Plan, tokens: np.ndarray, finite: np.ndarray) -> 
     rows = np.flatnonzero(live & plan.samples)
     slots, new = plan.slots[rows], tokens[:n][rows]
     at = plan.start[rows] + plan.num_tokens[rows]
-    seats = _copied(state.seats, "num_known")
+    seats = copied(state.seats, "num_known")
     seats.num_known[slots] = at + 1
     state = replace(state, seats=seats, tokens=state.tokens.set((slots, at), new))
-    state = _publish_full(state, _fullness(state, slots).tolist())
+    state = publish.full_pages(state, publish.with_full_pages(state, slots).tolist())
     reasons = _reasons(state, slots, new, at + 1, finite[:n][rows])
     requests = state.requests.read()
     ids = [request.id for request in requests[slots].tolist()]
@@ -580,7 +393,7 @@ def _publish_prompt_tails(state: State, plan: Plan, live: np.ndarray) -> State:
     s, end = state.seats, plan.start + plan.num_tokens
     prompt = s.num_prompt[plan.slots]
     for row in np.flatnonzero(live & (plan.start < prompt) & (end >= prompt)).tolist():
-        state = _publish_tail(state, int(plan.slots[row]), int(min(end[row], s.num_known[plan.slots[row]])))
+        state = publish.tail(state, int(plan.slots[row]), int(min(end[row], s.num_known[plan.slots[row]])))
     return state
 
 
@@ -600,30 +413,3 @@ def _reasons(state: State, slots: np.ndarray, tokens: np.ndarray, totals: np.nda
         elif ended[i]:
             reasons[i] = FinishReason.LENGTH
     return reasons
-
-
-# -- checking -------------------------------------------------------------------------------------------------------------
-
-
-def check(state: State) -> None:
-    """Raises AssertionError if an invariant is broken. O(everything): for tests and idle moments."""
-    s, pool, K = state.seats, state.pool, state.limits.page_size
-    table, refs = state.page_table.read(), pool.refs.read()
-    holders = np.zeros(pool.num_pages, np.int64)
-    for slot in np.flatnonzero(s.active).tolist():
-        held = table[slot, : s.num_pages[slot]]
-        assert NULL_PAGE not in held and len(set(held.tolist())) == len(held), f"slot {slot} holds {held}"
-        np.add.at(holders, held, 1)
-        assert s.num_computed[slot] <= s.num_tokens[slot] <= s.max_total[slot], f"slot {slot}: counts {_row(s, slot)}"
-        assert s.num_known[slot] <= s.num_tokens[slot], f"slot {slot}: counts {_row(s, slot)}"
-        assert s.num_pages[slot] == -(-s.num_computed[slot] // K), f"slot {slot}: pages {_row(s, slot)}"
-        assert state.slot_of[state.requests.read()[slot].id] == slot
-    wrong = np.flatnonzero(holders != refs)
-    assert not len(wrong), f"pages {wrong.tolist()} have {refs[wrong]} references, {holders[wrong]} holders"
-    assert pool.num_held == int((refs > 0).sum()), f"{pool.num_held} pages counted as held, {(refs > 0).sum()} are"
-    assert len(state.slot_of) == int(s.active.sum())
-    pages.check(pool)
-
-
-def _row(seats: Seats, slot: int) -> dict[str, Any]:
-    return {name: getattr(seats, name)[slot].tolist() for name in Seats._fields}

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from jaxpaged import gguf_tokenizer
+from jaxpaged.chat_template import read_messages, render, wants_parts
 from jaxpaged.detokenizer import BYTEWISE, Delta, Detokenizer, Pieces
 from jaxpaged.request import RequestError
 
@@ -27,8 +26,22 @@ __all__ = ["Delta", "Detokenizer", "Tokenizer", "load_tokenizer"]
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Control tokens that end an answer, whichever of them a GGUF file calls its EOS (llama.cpp has such a list too).
-END_NAMES = frozenset(("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>",
-                       "<|return|>", "<|call|>", "<|end_of_text|>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>"))
+END_NAMES = frozenset(
+    (
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|eom_id|>",
+        "<EOT>",
+        "<|return|>",
+        "<|call|>",
+        "<|end_of_text|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<｜end▁of▁sentence｜>",
+    )
+)
 
 
 class Tokenizer:
@@ -39,8 +52,13 @@ class Tokenizer:
     pieces: the bytes of each token, None for the few kinds of tokenizer where a token alone has no bytes.
     """
 
-    def __init__(self, backend: Backend, named: Mapping[str, str] | None = None, eos_token_ids: Iterable[int] = (),
-                 chat_templates: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        backend: Backend,
+        named: Mapping[str, str] | None = None,
+        eos_token_ids: Iterable[int] = (),
+        chat_templates: Mapping[str, str] | None = None,
+    ):
         self.backend, self.named, self.chat_templates = backend, dict(named or {}), dict(chat_templates or {})
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max([backend.get_vocab_size(), *(i + 1 for i in added)])
@@ -67,8 +85,9 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:  # a str, but not one that has UTF-8
             at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
-            raise RequestError(f"The text has a lone surrogate (half a UTF-16 pair) at character {at}; send valid "
-                               f"Unicode.", "prompt") from None
+            raise RequestError(
+                f"The text has a lone surrogate (half a UTF-16 pair) at character {at}; send valid Unicode.", "prompt"
+            ) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
@@ -82,8 +101,7 @@ class Tokenizer:
             if not isinstance(i, int) and not hasattr(i, "__index__"):
                 raise RequestError(f"Token ids must be integers, got {i!r}.", "prompt")
             if not 0 <= i < self.vocab_size:
-                raise RequestError(f"Token id {i} is out of range: this model's ids are 0..{self.vocab_size - 1}.",
-                                   "prompt")
+                raise RequestError(f"Token id {i} is out of range: this model's ids are 0..{self.vocab_size - 1}.", "prompt")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token: a piece of a character is a piece of its UTF-8. Empty for ids without a token."""
@@ -96,9 +114,16 @@ class Tokenizer:
         """The text of one token, with its leading space; special tokens by name."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True,
-                            continue_final_message: bool = False, tools: Sequence[Mapping] | None = None,
-                            chat_template: str | None = None, tokenize: bool = True, **kwargs: Any) -> str | list[int]:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping] | None = None,
+        chat_template: str | None = None,
+        tokenize: bool = True,
+        **kwargs: Any,
+    ) -> str | list[int]:
         """The prompt of a conversation: ids, or text with tokenize=False.
 
         messages: dicts with "role" and "content" (a string, or a list of {"type": "text", "text": ...}).
@@ -107,12 +132,19 @@ class Tokenizer:
         BOS is what the template writes: none is added to it.
         """
         if add_generation_prompt and continue_final_message:
-            raise RequestError("continue_final_message and add_generation_prompt exclude each other: the model either "
-                               "goes on with the last message or begins a new one.", "continue_final_message")
+            raise RequestError(
+                "continue_final_message and add_generation_prompt exclude each other: the model either "
+                "goes on with the last message or begins a new one.",
+                "continue_final_message",
+            )
         template = self._template(chat_template, tools)
-        values = {**self.named, "add_generation_prompt": add_generation_prompt, "tools": list(tools) if tools else None,
-                  **kwargs}
-        text = _render(template, _messages(messages, _wants_parts(template)), values, continue_final_message)
+        values = {
+            **self.named,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": list(tools) if tools else None,
+            **kwargs,
+        }
+        text = render(template, read_messages(messages, wants_parts(template)), values, continue_final_message)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def _template(self, given: str | None, tools: Sequence | None) -> str:
@@ -122,9 +154,11 @@ class Tokenizer:
                 return self.chat_templates[name]
         if given is not None:
             return given
-        raise RequestError("This model has no chat template, so messages cannot become a prompt. Give one "
-                           "(chat_template, or --chat-template when serving), or complete a plain prompt instead.",
-                           "messages")
+        raise RequestError(
+            "This model has no chat template, so messages cannot become a prompt. Give one "
+            "(chat_template, or --chat-template when serving), or complete a plain prompt instead.",
+            "messages",
+        )
 
 
 # ------------------------------------------------------------------------------------------------- bytes of a token
@@ -171,155 +205,6 @@ def _fallback_bytes(text: str) -> bytes:
     return text.replace("▁", " ").encode()
 
 
-# --------------------------------------------------------------------------------------------------- chat templates
-
-_CONTINUE = "\u2060CONTINUE HERE\u2060 "  # goes behind the message to go on with; ends in a space that trimming drops
-
-
-def _messages(messages: Any, parts: bool) -> list[dict[str, Any]]:
-    """Checked copies; content as the template wants it: a list of parts if `parts`, else a string."""
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError("messages must be a non-empty list of {'role': ..., 'content': ...}.", "messages")
-    return [_message(i, message, parts) for i, message in enumerate(messages)]
-
-
-def _message(i: int, message: Any, parts: bool) -> dict[str, Any]:
-    where = f"messages[{i}]"
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"{where} must be an object with a string 'role' and a 'content', got {message!r:.200}.",
-                           where)
-    out, content = dict(message), message.get("content")
-    if content is None and not (out.get("tool_calls") or out["role"] == "assistant"):
-        raise RequestError(f"{where} (role {out['role']!r}) has no content.", f"{where}.content")
-    if content is None:
-        out["content"] = ""
-    elif not isinstance(content, str):
-        texts = _texts(content, f"{where}.content")
-        out["content"] = [{"type": "text", "text": t} for t in texts] if parts else "\n".join(texts)
-    if out.get("tool_calls"):
-        out["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in out["tool_calls"]]
-    return out
-
-
-def _texts(content: Any, where: str) -> list[str]:
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise RequestError(f"{where} must be a string or a list of text parts, got {type(content).__name__}.", where)
-    out = []
-    for part in content:
-        text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
-            raise RequestError(f"{where} has a part of type {kind!r}; only {{'type': 'text', 'text': '...'}} is served "
-                               f"here.", where)
-        out.append(text)
-    return out
-
-
-def _tool_call(call: Any, where: str) -> Any:
-    """OpenAI sends arguments as JSON text; templates want the object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise RequestError(f"{where} must be objects with a 'function', got {call!r:.200}.", where)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
-            raise RequestError(f"{where}: the function's arguments are not JSON ({error}).", where) from None
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _render(template: str, messages: list[dict], values: dict[str, Any], go_on: bool) -> str:
-    import jinja2
-
-    if go_on:
-        _mark(messages[-1])
-    try:
-        text = _compile(template).render(messages=messages, **values)
-    except RequestError:
-        raise
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
-        what = f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.TemplateError) else error
-        raise RequestError(f"The chat template refuses these messages: {what}", "messages") from error
-    return _cut_at_mark(text) if go_on else text
-
-
-def _mark(message: dict[str, Any]) -> None:
-    content = message["content"]
-    if isinstance(content, str):
-        message["content"] = content + _CONTINUE
-    else:
-        content[-1] = {**content[-1], "text": content[-1]["text"] + _CONTINUE}
-
-
-def _cut_at_mark(text: str) -> str:
-    at = text.rfind(_CONTINUE.rstrip())
-    if at < 0:
-        raise RequestError("continue_final_message: the chat template does not show the last message's content.",
-                           "continue_final_message")
-    trims = not text.startswith(_CONTINUE, at)  # the template trims content: then what we go on with is trimmed too
-    return text[:at].rstrip() if trims else text[:at]
-
-
-@lru_cache(maxsize=32)
-def _compile(template: str) -> Any:
-    import jinja2
-
-    try:
-        return _environment().from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise RequestError(f"The chat template is no valid Jinja: line {error.lineno}: {error.message}.",
-                           "chat_template") from None
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Any:
-    """Sandboxed Jinja with what Hugging Face templates expect."""
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks what the assistant said (for training): here its body is just text."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    return environment
-
-
-@lru_cache(maxsize=32)
-def _wants_parts(template: str) -> bool:
-    """Whether the template loops over a message's content: then content may be a list of parts."""
-    from jinja2 import TemplateSyntaxError, nodes
-
-    try:
-        tree = _environment().parse(template)
-    except TemplateSyntaxError:
-        return False  # `_compile` says what is wrong
-    names = {"content"}
-
-    def is_content(node: Any) -> bool:
-        key = node.attr if isinstance(node, nodes.Getattr) else getattr(getattr(node, "arg", None), "value", None)
-        return key == "content" or (isinstance(node, nodes.Name) and node.name in names)
-
-    names.update(a.target.name for a in tree.find_all(nodes.Assign)
-                 if isinstance(a.target, nodes.Name) and is_content(a.node))
-    return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
-
-
 # --------------------------------------------------------------------------------------------------------- loading
 
 
@@ -355,8 +240,11 @@ def _load_gguf(path: Path) -> Tokenizer:
     ends = {i for k in ("eos", "eot", "eom") if (i := ids[k]) is not None}
     ends |= {i for i, k in enumerate(types) if k == gguf_tokenizer.CONTROL and tokens[i] in END_NAMES}
     prefix = "tokenizer.chat_template"
-    templates = {"default" if k == prefix else k[len(prefix) + 1 :]: v for k, v in meta.items()
-                 if (k == prefix or k.startswith(prefix + ".")) and isinstance(v, str)}
+    templates = {
+        "default" if k == prefix else k[len(prefix) + 1 :]: v
+        for k, v in meta.items()
+        if (k == prefix or k.startswith(prefix + ".")) and isinstance(v, str)
+    }
     return Tokenizer(backend, named, ends, templates)
 
 
@@ -384,13 +272,14 @@ def _backend(folder: Path, config: dict) -> Backend:
         return backend
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        return gguf_tokenizer.from_vocab_and_merges(_read_json(folder / "vocab.json"), merges,
-                                                    config.get("tokenizer_class"))
+        return gguf_tokenizer.from_vocab_and_merges(_read_json(folder / "vocab.json"), merges, config.get("tokenizer_class"))
     if (file := folder / "tokenizer.model").is_file():
         return gguf_tokenizer.from_sentencepiece(file)
-    raise ValueError(f"{folder} has no tokenizer.json (nor vocab.json and merges.txt, nor tokenizer.model). Download "
-                     f"the model's tokenizer files, or make tokenizer.json with transformers: "
-                     f"AutoTokenizer.from_pretrained(...).save_pretrained(folder).")
+    raise ValueError(
+        f"{folder} has no tokenizer.json (nor vocab.json and merges.txt, nor tokenizer.model). Download "
+        f"the model's tokenizer files, or make tokenizer.json with transformers: "
+        f"AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
+    )
 
 
 def _add_tokens(backend: Backend, folder: Path, config: dict, named: dict[str, str]) -> None:
@@ -409,8 +298,13 @@ def _add_tokens(backend: Backend, folder: Path, config: dict, named: dict[str, s
     extra = [*config.get("additional_special_tokens", ()), *_values(config.get("extra_special_tokens", ()))]
     special = [text for token in [*named.values(), *extra] if (text := _content(token))]
     marked = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special
-                                if t not in marked and backend.token_to_id(t) is not None])
+    backend.add_special_tokens(
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t in special
+            if t not in marked and backend.token_to_id(t) is not None
+        ]
+    )
 
 
 def _values(x: Any) -> list:

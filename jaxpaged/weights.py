@@ -62,9 +62,7 @@ def load(
     return arrays
 
 
-def plan(
-    checkpoint: Checkpoint, leaves: Leaves, names: Sequence[Name], ignore: Iterable[str] = ()
-) -> dict[str, list[str]]:
+def plan(checkpoint: Checkpoint, leaves: Leaves, names: Sequence[Name], ignore: Iterable[str] = ()) -> dict[str, list[str]]:
     """Leaf path -> the tensors it is made of, in order. Reads names, shapes and dtypes only. Raises as `load`."""
     problems = _Problems("The checkpoint")
     claims = _claims(checkpoint.names(), leaves, names, ignore, problems)

@@ -1,14 +1,25 @@
 import os
-os.environ.setdefault("JAX_PLATFORMS","cpu")
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
-jax.config.update("jax_numpy_dtype_promotion","strict"); jax.config.update("jax_numpy_rank_promotion","raise")
-jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxpaged/tests")); jax.config.update("jax_persistent_cache_min_compile_time_secs",0.0); jax.config.update("jax_persistent_cache_min_entry_size_bytes",-1)
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxpaged/tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 import pytest
+
+
 @pytest.fixture(scope="session")
 def demo_gguf():
     from jaxpaged import hub
+
     return hub.resolve("demo")
+
+
 @pytest.fixture(scope="session")
 def gemma_gguf():
     from jaxpaged import hub
+
     return hub.resolve("demo-gemma3")

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Token ids to text as they come: equal to decoding everything at once, whatever the chunks; stop strings."""
 
 import random
@@ -165,8 +164,10 @@ def test_byte_fallback_replaces_bytes_one_by_one_as_sentencepiece():
     tokens, scores, types = tiny.with_base(tiny.piece_words())
     sp, tokenizer, r = tiny.oracle(tiny.piece_model(tokens, scores, types, True)), TOKENIZERS["llama"], random.Random(0)
     for _ in range(500):
-        ids = [r.choice([r.randrange(3, 259), r.randrange(259, len(tokens)), 3 + 0xE2, 3 + 0x82, 3 + 0xAC])
-               for _ in range(r.randrange(12))]
+        ids = [
+            r.choice([r.randrange(3, 259), r.randrange(259, len(tokens)), 3 + 0xE2, 3 + 0x82, 3 + 0xAC])
+            for _ in range(r.randrange(12))
+        ]
         assert tokenizer.decode(ids) == sp.decode(ids), ids
 
 
@@ -206,7 +207,9 @@ def test_stop_strings_equal_a_search_character_by_character(pieces, stops, inclu
         assert so_far.startswith(out)
         if not include:  # what is held back begins a stop string, and as much as possible is shown
             held = so_far[len(out) :]
-            possible = [so_far[k:] for k in range(len(so_far)) if any(s.startswith(so_far[k:]) and s != so_far[k:] for s in stops)]
+            possible = [
+                so_far[k:] for k in range(len(so_far)) if any(s.startswith(so_far[k:]) and s != so_far[k:] for s in stops)
+            ]
             assert held == max(possible, key=len, default="")
     out += "" if stop else machine.flush()
     assert (out, stop) == expected_stop(pieces, stops, include, min_tokens)

@@ -61,9 +61,7 @@ loads = st.lists(
     policy=st.sampled_from(["fcfs", "priority"]),
     caching=st.booleans(),
 )
-def test_every_load_equals_the_oracle(
-    load, overlap, num_pages, max_num_seqs, budget, page_size, threshold, policy, caching
-):
+def test_every_load_equals_the_oracle(load, overlap, num_pages, max_num_seqs, budget, page_size, threshold, policy, caching):
     e = engine(overlap=overlap, num_pages=num_pages, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, policy=policy,
                page_size=page_size, long_prefill_token_threshold=threshold, enable_prefix_caching=caching)  # fmt: skip
     outputs = {}

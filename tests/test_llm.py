@@ -227,7 +227,11 @@ BAD = [
     ([[5, 211]], GREEDY, r"211 is not a token id of this model; ids are integers in 0\.\.210"),
     ([[5, -1]], GREEDY, "-1 is not a token id"),
     ([[3] * 256], GREEDY, "the prompt has 256 tokens, max_model_len is 256"),
-    ([[3] * 250], GREEDY, "250 tokens and max_tokens is 12: 262 together, but max_model_len is 256; set max_tokens to at most 6"),
+    (
+        [[3] * 250],
+        GREEDY,
+        "250 tokens and max_tokens is 12: 262 together, but max_model_len is 256; set max_tokens to at most 6",
+    ),
     (["text"], GREEDY, "needs a tokenizer"),
     ([[5]], GREEDY.clone(logprobs=21), "max_logprobs is 20"),
     ([[5]], GREEDY.clone(stop_token_ids=[999]), "stop_token_ids: 999"),

@@ -45,9 +45,9 @@ def values(state) -> dict:
 
 def assert_same(a: dict, b: dict) -> None:
     for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name) if isinstance(
-            a[name], np.ndarray
-        ) else _equal(name, a[name], b[name])
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name) if isinstance(a[name], np.ndarray) else _equal(
+            name, a[name], b[name]
+        )
 
 
 def _equal(name, a, b):

@@ -16,11 +16,15 @@ with warnings.catch_warnings():
     from transformers import AutoTokenizer
     from transformers.utils.chat_template_utils import render_jinja_template
 
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start|>' + message['role'] + "
-          "'<|endh|>\n\n' + message['content'] | trim + '<|eot|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
-          "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|endh|>\n\n' }}{% endif %}")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start|>' + message['role'] + "
+    "'<|endh|>\n\n' + message['content'] | trim + '<|eot|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|endh|>\n\n' }}{% endif %}"
+)
 GEMMA = """{{ bos_token }}
 {%- for message in messages -%}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
@@ -51,14 +55,16 @@ tools: {% for tool in tools %}{{ tool | tojson }}
     {%- if message.tool_calls %}{% for call in message.tool_calls %} {{ call.function.name }}({{ call.function.arguments | tojson(indent=2) }}){% endfor %}{% endif %}
 {%- endfor %}
 {{ eos_token }}{{ custom }}"""
-TALK = [{"role": "user", "content": " Grüß <Gott> & \"co\"\n"}, {"role": "assistant", "content": "Hi there "}]
+TALK = [{"role": "user", "content": ' Grüß <Gott> & "co"\n'}, {"role": "assistant", "content": "Hi there "}]
 
 
 def make(tmp_path, backend=None, template=None, **files):
     """A model folder: tokenizer.json and whatever JSON files are given by name."""
     backend = backend or tiny.byte_level(**{"<s>": True, "</s>": True, "<|im_end|>": True})
     backend.save(str(tmp_path / "tokenizer.json"))
-    files.setdefault("tokenizer_config", {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    files.setdefault(
+        "tokenizer_config", {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    )
     for name, value in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     if template is not None:
@@ -87,13 +93,21 @@ def test_a_folder_is_read_as_transformers_reads_it(tmp_path):
             assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
-@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": False}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": False}]
+)
 @pytest.mark.parametrize("in_json", [True, False])
 def test_bos_and_eos_are_added_as_tokenizer_json_says_or_else_the_configuration(tmp_path, flags, in_json):
     backend = tiny.byte_level(**{"<s>": True, "</s>": True})
     if in_json:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "__type": "AddedToken"}, "tokenizer_class": "PreTrainedTokenizerFast"}
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    config = {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "__type": "AddedToken"},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     ours = make(tmp_path, backend, tokenizer_config={**config, **flags})
     expected = ours.encode("hi", add_special_tokens=False)
     if in_json or flags.get("add_bos_token"):
@@ -115,8 +129,11 @@ def test_special_tokens_come_from_every_file_that_may_name_them(tmp_path):
     backend = tiny.byte_level(**{"<a>": False, "<b>": False, "<c>": False})
     ids = {t: backend.token_to_id(t) for t in ("<a>", "<b>", "<c>")}
     n = backend.get_vocab_size()
-    config = {"eos_token": "<b>", "additional_special_tokens": ["<c>"],
-              "added_tokens_decoder": {str(n): {"content": "<new>", "special": True, "normalized": False}}}
+    config = {
+        "eos_token": "<b>",
+        "additional_special_tokens": ["<c>"],
+        "added_tokens_decoder": {str(n): {"content": "<new>", "special": True, "normalized": False}},
+    }
     tokenizer = make(tmp_path, backend, tokenizer_config=config, special_tokens_map={"bos_token": "<a>", "eos_token": "<a>"})
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (ids["<a>"], ids["<b>"])  # tokenizer_config wins
     assert tokenizer.encode("<new>") == [n] and tokenizer.vocab_size == n + 1
@@ -139,9 +156,15 @@ def test_truncation_and_padding_of_tokenizer_json_are_switched_off(tmp_path):
 def test_a_gpt2_folder_without_tokenizer_json(tmp_path):
     backend = tiny.byte_level()
     backend.model.save(str(tmp_path))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>",
-         "added_tokens_decoder": {str(backend.get_vocab_size()): {"content": "<|endoftext|>", "special": True}}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "GPT2Tokenizer",
+                "eos_token": "<|endoftext|>",
+                "added_tokens_decoder": {str(backend.get_vocab_size()): {"content": "<|endoftext|>", "special": True}},
+            }
+        )
+    )
     tokenizer = load_tokenizer(tmp_path)
     for text in [*tiny.CORPUS, *tiny.TRICKY]:
         assert tokenizer.encode(text) == backend.encode(text).ids
@@ -209,7 +232,9 @@ def test_prompts_equal_transformers(template, length):
     tools = [{"type": "function", "function": {"name": "wetter", "description": "Grüße <b>"}}]
     for generate in (True, False):
         values = dict(add_generation_prompt=generate, tools=tools, custom="!")
-        (expected,), _ = render_jinja_template([TALK[:length]], chat_template=template, bos_token="<s>", eos_token="</s>", **values)
+        (expected,), _ = render_jinja_template(
+            [TALK[:length]], chat_template=template, bos_token="<s>", eos_token="</s>", **values
+        )
         assert tokenizer.apply_chat_template(TALK[:length], tokenize=False, **values) == expected
         ids = tokenizer.apply_chat_template(TALK[:length], **values)
         assert ids == tokenizer.encode(expected, add_special_tokens=False)
@@ -217,8 +242,9 @@ def test_prompts_equal_transformers(template, length):
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA])
 def test_going_on_with_the_last_message_equals_transformers(template):
-    (expected,), _ = render_jinja_template([TALK], chat_template=template, continue_final_message=True,
-                                           add_generation_prompt=False, bos_token="<s>")
+    (expected,), _ = render_jinja_template(
+        [TALK], chat_template=template, continue_final_message=True, add_generation_prompt=False, bos_token="<s>"
+    )
     tokenizer = with_template(template)
     go_on = dict(add_generation_prompt=False, continue_final_message=True, tokenize=False)
     assert tokenizer.apply_chat_template(TALK, **go_on) == expected
@@ -290,7 +316,10 @@ def test_what_templates_refuse_is_a_request_error():
         with_template("x").apply_chat_template(TALK, add_generation_prompt=False, continue_final_message=True)
 
 
-@pytest.mark.parametrize("evil", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}", "{{ range(999999999) }}"])
+@pytest.mark.parametrize(
+    "evil",
+    ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}", "{{ range(999999999) }}"],
+)
 def test_templates_cannot_reach_out_of_the_sandbox(evil):
     with pytest.raises(RequestError, match="refuses"):
         print(with_template(evil + "{{ x.y }}").apply_chat_template(TALK, tokenize=False))
@@ -325,8 +354,16 @@ def test_which_template_is_taken(tmp_path):
 def test_a_gguf_file_brings_template_and_ends(tmp_path):
     backend = tiny.byte_level(**{"<s>": True, "</s>": True, "<|im_end|>": True})
     of = backend.token_to_id
-    path = tiny.gguf_of(tmp_path / "t.gguf", backend, pre="gpt-2", chat_template=CHATML, bos_token_id=of("<s>"),
-                        eos_token_id=of("</s>"), padding_token_id=0, eom_token_id=7)
+    path = tiny.gguf_of(
+        tmp_path / "t.gguf",
+        backend,
+        pre="gpt-2",
+        chat_template=CHATML,
+        bos_token_id=of("<s>"),
+        eos_token_id=of("</s>"),
+        padding_token_id=0,
+        eom_token_id=7,
+    )
     tokenizer = load_tokenizer(path)
     assert tokenizer.chat_template == CHATML and tokenizer.bos_token_id == of("<s>")
     assert tokenizer.eos_token_ids == {of("</s>"), of("<|im_end|>"), 7}

@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (the texts are long)
 """Tokenizers small enough to be made inside a test, GGUF files that hold them, and text that has something of
 everything."""
 
@@ -19,11 +18,33 @@ CORPUS = [
     "emoji 👩‍👩‍👧 🏳️‍🌈 👍🏽 and numbers 1234567890 ٣٤٥ ½ ² Ⅷ, DON'T shout, I'LL go",
 ]
 TRICKY = [
-    "", " ", "  ", "\n", "\r\n\r\n \n", "a  b   c    d", " leading", "trailing ", "\t\ttabs\t", "x\u00a0y\u2003z\u3000w\u2028v",
-    "\x00\x01\x1f\x7f\x85", "12345 ١٢٣ ४५६ ½ Ⅷ ² 1,234.56", "don't DON'T I'll we'VE it's 'sx", "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇩🇪", "e\u0301\u0323\u0300 Å Å",
-    "\u202eרtl العربية mixed LTR", "camelCaseHTTPServer2 snake_case", "$+<=>^~|`@#%&*", "▁▁ ▁ literal blocks",
-    "/* c */ #include <a.h>\n\n\n\n  if (x<=3) { y+=1; }  \n", "\ufeffbom \ufffd \U0010fffd \ue000", "ǅǈ ſ K Å ﬁ ﷺ", "<0x0A><s>",
-    "日本語テキスト。「かぎ」、…——！？", "한국어 텍스트", "ไทยข้อความ", "\u200b\u200c\u200d\u2060",
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\r\n\r\n \n",
+    "a  b   c    d",
+    " leading",
+    "trailing ",
+    "\t\ttabs\t",
+    "x\u00a0y\u2003z\u3000w\u2028v",
+    "\x00\x01\x1f\x7f\x85",
+    "12345 ١٢٣ ४५६ ½ Ⅷ ² 1,234.56",
+    "don't DON'T I'll we'VE it's 'sx",
+    "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇩🇪",
+    "e\u0301\u0323\u0300 Å Å",
+    "\u202eרtl العربية mixed LTR",
+    "camelCaseHTTPServer2 snake_case",
+    "$+<=>^~|`@#%&*",
+    "▁▁ ▁ literal blocks",
+    "/* c */ #include <a.h>\n\n\n\n  if (x<=3) { y+=1; }  \n",
+    "\ufeffbom \ufffd \U0010fffd \ue000",
+    "ǅǈ ſ K Å ﬁ ﷺ",
+    "<0x0A><s>",
+    "日本語テキスト。「かぎ」、…——！？",
+    "한국어 텍스트",
+    "ไทยข้อความ",
+    "\u200b\u200c\u200d\u2060",
 ]
 
 
@@ -45,8 +66,9 @@ def byte_level(vocab_size: int = 600, **special: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens([AddedToken(t, special=s, normalized=False) for t, s in special.items()])
     return tokenizer

@@ -25,6 +25,8 @@ from jaxpaged.models.rope import Rope, rotate
 Attend = Callable[[int, Array, Array, Array], Array]
 """(layer, q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H, D]: where the keys and values live is its business."""
 
+FLOAT32 = jnp.dtype(jnp.float32)
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -175,7 +177,7 @@ class Embedding(nnx.Module):
 
 def head_logits(weight: Array, hidden: Array, config: DecoderConfig) -> Array:
     """Head W [V, E] times hidden [E, R] -> logits float32 [R, V]."""
-    logits = columns_product(weight, hidden, jnp.dtype(jnp.float32)).T
+    logits = columns_product(weight, hidden, FLOAT32).T
     cap = config.logit_soft_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -183,7 +185,7 @@ def head_logits(weight: Array, hidden: Array, config: DecoderConfig) -> Array:
 class Decoder(nnx.Module):
     """Embedding, layers, norm, head."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype = jnp.dtype(jnp.float32), rngs: nnx.Rngs | None = None):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype = FLOAT32, rngs: nnx.Rngs | None = None):
         rngs = rngs or nnx.Rngs(0)
         self.config = config
         self.embed = Embedding(config, dtype, rngs)

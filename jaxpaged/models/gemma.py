@@ -7,6 +7,7 @@ from jaxpaged.models.standard import HF, Name
 MODEL_TYPES = ("gemma3_text",)
 IGNORED = standard.IGNORED
 
+
 def decoder_config(hf: HF) -> DecoderConfig:
     return standard.decoder(
         hf,

@@ -15,9 +15,7 @@ def decoder_config(hf: HF) -> DecoderConfig:
     window = hf.get("sliding_window")  # Mistral 7B v0.1
     layers = tuple(LayerSpec(turn, w) for w in standard.windows(hf, window))
     bias = bool(hf.get("attention_bias", False))
-    return standard.decoder(
-        hf, layers, attention_bias=bias, out_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False))
-    )
+    return standard.decoder(hf, layers, attention_bias=bias, out_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
 
 
 def names(config: DecoderConfig) -> tuple[Name, ...]:

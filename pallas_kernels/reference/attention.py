@@ -7,7 +7,6 @@ is still in the cache of the CPU: on 32 sequences of 256 tokens this takes a qua
 whole sequence first.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 

@@ -1,0 +1,169 @@
+"""The scheduler's values: its limits, its state, the plan of a step and what a step gave.
+
+A slot is the permanent seat of a running sequence: an index into every array of the state. Floor of the control loop:
+numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpaged import pages
+from jaxpaged.pages import NULL_PAGE, Pool
+from jaxpaged.request import FinishReason, Request
+from jaxpaged.versioned import Array, Map
+
+NUM_STOPS = 8  # stop ids of a sequence that are compared for all slots at once; sequences with more are looked at singly
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The fixed sizes of a scheduler. num_pages counts the null page."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    max_model_len: int
+    vocab_size: int
+    policy: str = "fcfs"
+    enable_prefix_caching: bool = True
+    long_prefill_token_threshold: int = 0
+
+    @property
+    def max_pages_per_seq(self) -> int:
+        return -(-self.max_model_len // self.page_size)
+
+
+class Waiting(NamedTuple):
+    """A request in the queue. `tokens`: its prompt, and what it had generated if it was preempted."""
+
+    request: Request
+    tokens: np.ndarray
+    preempted: bool
+
+
+class Seats(NamedTuple):
+    """Small per-slot arrays [S], copied when changed."""
+
+    active: np.ndarray  # bool
+    generation: np.ndarray  # int64: counts the sequences a slot has had
+    num_prompt: np.ndarray  # int32, all below too
+    num_tokens: np.ndarray
+    num_known: np.ndarray
+    num_computed: np.ndarray
+    num_pages: np.ndarray
+    num_published: np.ndarray  # full pages
+    max_total: np.ndarray
+    priority: np.ndarray  # int64
+    arrival: np.ndarray  # int64
+    lagging: np.ndarray  # bool: must not run ahead of what the host knows (bad words of several tokens)
+    stops: np.ndarray  # int32 [S, NUM_STOPS], padded with NO_TOKEN
+
+
+@dataclass(frozen=True)
+class State:
+    limits: Limits
+    pool: Pool
+    seats: Seats
+    requests: Array  # object [S]
+    parents: Array  # object [S]: key of the last published page
+    tokens: Array  # int32 [S, N]
+    page_table: Array  # int32 [S, M]
+    slot_of: Map  # request id -> slot
+    waiting: Map  # request id -> Waiting
+    heap: Any = None
+    num_preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+class Plan(NamedTuple):
+    """One step, in batch order: decodes (one token) first, then chunks."""
+
+    slots: np.ndarray  # int32 [n], all below too
+    generations: np.ndarray
+    start: np.ndarray  # first position
+    num_tokens: np.ndarray
+    samples: np.ndarray  # bool: reaches the sequence's end
+    num_decode: int
+    copies: np.ndarray  # int32 [c, 2]: (source page, destination page)
+    requests: tuple[Request, ...]
+    admitted: tuple[tuple[str, int], ...]  # (id, tokens found in the cache)
+    preempted: tuple[str, ...]
+
+
+class Outputs(NamedTuple):
+    """What a step sampled, a live sequence each."""
+
+    ids: list[str]
+    slots: list[int]
+    generations: list[int]
+    tokens: list[int]
+    reasons: list[FinishReason | None]
+    rows: list[int]
+
+    def items(self) -> Iterator[tuple[str, int, int, int, FinishReason | None, int]]:
+        return zip(*self)
+
+
+@dataclass(frozen=True)
+class Stats:
+    num_running: int
+    num_waiting: int
+    num_held_pages: int
+    num_cached_pages: int
+    num_free_pages: int
+    num_preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+
+
+def initial(limits: Limits) -> State:
+    S, N, M = limits.max_num_seqs, limits.max_model_len, limits.max_pages_per_seq
+    ints = lambda: np.zeros(S, np.int32)
+    seats = Seats(np.zeros(S, bool), np.zeros(S, np.int64), ints(), ints(), ints(), ints(), ints(), ints(), ints(),
+                  np.zeros(S, np.int64), np.zeros(S, np.int64), np.zeros(S, bool),
+                  np.full((S, NUM_STOPS), NO_TOKEN, np.int32))  # fmt: skip
+    return State(limits, pages.create(limits.num_pages, limits.page_size), seats, Array(np.full(S, None, object)),
+                 Array(np.full(S, None, object)), Array(np.zeros((S, N), np.int32)), Array(np.zeros((S, M), np.int32)),
+                 Map(), Map())  # fmt: skip
+
+
+def stats(state: State) -> Stats:
+    pool = state.pool
+    return Stats(len(state.slot_of), len(state.waiting), pool.num_held, pool.num_cached, pool.num_free,
+                 state.num_preemptions, state.prefix_queries, state.prefix_hits)  # fmt: skip
+
+
+def copied(seats: Seats, *names: str) -> Seats:
+    return seats._replace(**{name: getattr(seats, name).copy() for name in names})
+
+
+def check(state: State) -> None:
+    """Raises AssertionError if an invariant is broken. O(everything): for tests and idle moments."""
+    s, pool, K = state.seats, state.pool, state.limits.page_size
+    table, refs = state.page_table.read(), pool.refs.read()
+    holders = np.zeros(pool.num_pages, np.int64)
+    for slot in np.flatnonzero(s.active).tolist():
+        held = table[slot, : s.num_pages[slot]]
+        assert NULL_PAGE not in held and len(set(held.tolist())) == len(held), f"slot {slot} holds {held}"
+        np.add.at(holders, held, 1)
+        assert s.num_computed[slot] <= s.num_tokens[slot] <= s.max_total[slot], f"slot {slot}: counts {_row(s, slot)}"
+        assert s.num_known[slot] <= s.num_tokens[slot], f"slot {slot}: counts {_row(s, slot)}"
+        assert s.num_pages[slot] == -(-s.num_computed[slot] // K), f"slot {slot}: pages {_row(s, slot)}"
+        assert state.slot_of[state.requests.read()[slot].id] == slot
+    wrong = np.flatnonzero(holders != refs)
+    assert not len(wrong), f"pages {wrong.tolist()} have {refs[wrong]} references, {holders[wrong]} holders"
+    assert pool.num_held == int((refs > 0).sum()), f"{pool.num_held} pages counted as held, {(refs > 0).sum()} are"
+    assert len(state.slot_of) == int(s.active.sum())
+    pages.check(pool)
+
+
+def _row(seats: Seats, slot: int) -> dict[str, Any]:
+    return {name: getattr(seats, name)[slot].tolist() for name in Seats._fields}
