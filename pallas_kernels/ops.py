@@ -104,13 +104,14 @@ def paged_attention(
     Args:
       q: [T, H, D]. Rows' queries lie one behind the other, decodes (rows with one query) first.
       k_pages, v_pages: [P, K, G, D].
-      page_table: int32 [R, M]; every entry in 0..P-1 (unused ones 0, the null page).
+      page_table: int32 [R, M]; every entry in 0..P-1, also those past a row's last page, which mean nothing.
       kv_lens: int32 [R], the queries' own tokens included (their keys are already in the pages); 0 for unused rows.
       query_start: int32 [R + 1].
       counts: int32 [2]: (rows that are decodes, rows in use). Rows from the first to counts[0] have one query each.
       scale, window, soft_cap: static. sinks: [H] or None.
       implementation: a backend's name or "auto".
-    Returns: out [T, H, D] in q's dtype and lse float32 [T, H]. Tokens of no row hold finite values of no meaning.
+    Returns: out [T, H, D] in q's dtype and lse float32 [T, H]. Tokens of no row hold finite values of no meaning. What is
+    in no row's sequence (other pages, places past kv_lens) may hold anything, also NaN, and changes nothing.
     Source: Kwon et al. 2023 (PagedAttention); online softmax of Milakov & Gimelshein 2018.
     """
     check_attention(q, k_pages, v_pages, page_table, kv_lens, query_start, counts, window, sinks)

@@ -7,6 +7,9 @@ is still in the cache of the CPU: on 32 sequences of 256 tokens this takes a qua
 whole sequence first.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -16,6 +19,8 @@ TILE = 64  # queries of a chunk walked together
 MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be NaN
 
 
+# A jit of its own: a step calls this once a layer, and tracing it thirty times is most of the time a warm start takes.
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def paged_attention(
     q: Array,
     k_pages: Array,
@@ -107,16 +112,19 @@ def _walk(
     last = jnp.repeat(positions, H // G, axis=1)[:, None]  # [N, 1, Q * H/G]
     first_block = 0 if window is None else jnp.maximum(jnp.min(positions) - window + 1, 0) // size
     num_blocks = jnp.max(positions) // size + 1
+    longest = jnp.max(positions, axis=1)[:, None]
 
     def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         m, l, acc = carry
         ids = lax.dynamic_slice_in_dim(pages, i * per_block, per_block, 1)
         k = k_pages.at[ids].get(mode="promise_in_bounds").reshape(N, size, G, D).astype(jnp.float32)
         v = v_pages.at[ids].get(mode="promise_in_bounds").reshape(N, size, G, D).astype(jnp.float32)
+        at = i * size + jnp.arange(size)
+        # What no query of a row sees may be anything, also NaN that a failed request has left: 0 * NaN is NaN.
+        v = jnp.where((at[None] <= longest)[..., None, None], v, 0.0)
         s = jnp.einsum("ngqd,ntgd->ngqt", x, k)
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
-        at = i * size + jnp.arange(size)
         seen = at[None, None, None] <= last[..., None]
         if window is not None:
             seen &= at[None, None, None] > last[..., None] - window

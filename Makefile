@@ -1,0 +1,53 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test slow lint format types check bench clean
+help:
+	@echo "make demo    install into $(VENV), fetch a small real model, answer several prompts at once"
+	@echo "make test    the tests (make slow: those that take minutes; make check: tests, lint, types, slow tests)"
+	@echo "make bench   the benchmarks of the README, results as JSON and PNG in results/"
+
+# A stamp for what is installed: again when pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml
+	@echo "Setting up $(VENV) (once) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "jaxpaged needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.test-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,bench]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/jaxpaged demo
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.test-installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(VENV)/.test-installed
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: test lint types slow
+
+bench: $(VENV)/.test-installed
+	mkdir -p results
+	$(BIN)/python -m benchmarks.scheduler --json results/scheduler.json --plot results/scheduler.png
+	$(BIN)/python -m benchmarks.startup --json results/startup.json
+	$(BIN)/python -m benchmarks.latency --json results/latency.json
+	$(BIN)/python -m benchmarks.throughput --json results/throughput.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,130 @@
+"""The engine's command-line flags: one for each field of `EngineConfig`, in groups, and the YAML file that sets them.
+
+A flag that is not given is not passed on, so that defaults have one home: `EngineConfig`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from jaxpaged.config import DTYPES, LOAD_FORMATS, POLICIES, EngineConfig
+from jaxpaged.request import RequestError, refuse_unknown
+
+MODEL, MEMORY, SCHEDULING, COMPILING = "Model", "Memory", "Scheduling", "Compilation and device"
+
+HELP: dict[str, tuple[str, str]] = {
+    "model": (MODEL, '"demo", "demo-gemma3", a Hugging Face id, a folder, or a .gguf file.'),
+    "tokenizer": (MODEL, "Another place for the tokenizer."),
+    "skip_tokenizer_init": (MODEL, "Work with token ids only."),
+    "dtype": (MODEL, f"Of weights, activations and cache: {', '.join(DTYPES)}. auto: float32 on CPU, else bfloat16."),
+    "load_format": (MODEL, f"{', '.join(LOAD_FORMATS)}. dummy: random weights from the config alone."),
+    "revision": (MODEL, "Branch, tag or commit on the Hugging Face hub."),
+    "hf_token": (MODEL, "Access token for the Hugging Face hub (or set HF_TOKEN)."),
+    "hf_overrides": (MODEL, "JSON object of changes to the model's config.json."),
+    "generation_config": (MODEL, "auto: default sampling parameters from the model; vllm: none."),
+    "chat_template": (MODEL, "A Jinja chat template in the place of the model's."),
+    "trust_remote_code": (MODEL, "Refused: code of a checkpoint is never run."),
+    "max_model_len": (MEMORY, 'Longest sequence in tokens: 4096, "4k", "auto".'),
+    "block_size": (MEMORY, "Tokens a page."),
+    "gpu_memory_utilization": (MEMORY, "Share of the device's memory that may be used."),
+    "kv_cache_memory_bytes": (MEMORY, "Exactly so many bytes for the KV cache."),
+    "num_gpu_blocks_override": (MEMORY, "Exactly so many pages."),
+    "max_num_seqs": (SCHEDULING, "Sequences that run at once."),
+    "max_num_batched_tokens": (SCHEDULING, "Tokens a step."),
+    "enable_prefix_caching": (SCHEDULING, "Share pages of equal prefixes."),
+    "enable_chunked_prefill": (SCHEDULING, "Always on."),
+    "long_prefill_token_threshold": (SCHEDULING, "Longest chunk of one prompt a step; 0: no limit."),
+    "scheduling_policy": (SCHEDULING, f"{' or '.join(POLICIES)}."),
+    "async_scheduling": (SCHEDULING, "Dispatch a step before the last one's tokens are read."),
+    "max_logprobs": (SCHEDULING, "Most logprobs a token that a request may ask for."),
+    "seed": (SCHEDULING, "Of requests that bring no seed, and of dummy weights."),
+    "enforce_eager": (COMPILING, "Compile a program when it is first needed, not all at the start."),
+    "kernel_backend": (COMPILING, "Backend of pallas_kernels."),
+    "compilation_cache_dir": (COMPILING, 'Where compiled programs are kept; "none": nowhere.'),
+    "tensor_parallel_size": (COMPILING, "1: this version runs on one device."),
+    "pipeline_parallel_size": (COMPILING, "1: this version runs on one device."),
+    "disable_log_stats": (COMPILING, "No periodic statistics in the log."),
+}
+
+
+def engine_flags(command: Callable) -> Callable:
+    """Gives a command that takes `**engine` one flag for each field of EngineConfig; those given arrive in `engine`."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = [f.name for f in fields(EngineConfig)]
+
+    @functools.wraps(command)
+    def wrapper(**kwargs: Any) -> Any:
+        engine = {name: kwargs.pop(name) for name in names}
+        kwargs.pop("config", None)
+        return command(**kwargs, **{name: _value(name, v) for name, v in engine.items() if v is not None})
+
+    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_CONFIG)
+    flags = [_flag(f.name, f.default) for f in fields(EngineConfig)]
+    wrapper.__signature__ = signature.replace(parameters=[*own, config, *flags])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in (*own, config, *flags)}
+    return wrapper
+
+
+def _flag(name: str, default: Any) -> inspect.Parameter:
+    panel, text = HELP[name]
+    kind = type(default) if isinstance(default, (bool, float)) or (type(default) is int) else str
+    shown = "none" if default is None else str(default)
+    declared = "--" + name.replace("_", "-")
+    names = [f"{declared}/--no-{declared[2:]}"] if kind is bool else [declared, *(["-m"] if name == "model" else [])]
+    if name == "block_size":
+        names.append("--page-size")
+    option = typer.Option(*names, help=f"{text} (default: {shown})", rich_help_panel=panel, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                             annotation=Annotated[Optional[kind], option])  # fmt: skip # noqa: UP045
+
+
+def _value(name: str, given: Any) -> Any:
+    """Text from the command line or the file as EngineConfig takes it."""
+    if name == "hf_overrides":
+        try:
+            return json.loads(given) if isinstance(given, str) else given
+        except ValueError as error:
+            raise RequestError(f"--hf-overrides must be a JSON object, got {given!r} ({error}).", name) from None
+    if isinstance(given, str) and given.lower() == "none":
+        return None
+    if isinstance(given, str) and given.lstrip("-").isdigit():
+        return int(given)
+    return given
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes the file's values the defaults of this command's flags: what is given on the command line wins."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path} must hold a mapping of flags to values, not a {type(values).__name__}.")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    try:
+        refuse_unknown(f"{path}: this command", values, [str(p.name) for p in context.command.params if p.name != "config"])
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from None
+    if isinstance(values.get("hf_overrides"), dict):
+        values["hf_overrides"] = json.dumps(values["hf_overrides"])
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+_CONFIG = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="YAML file with values for this command's flags.", is_eager=True, callback=_read_config),
+]
