@@ -30,7 +30,8 @@ def _check(llm: LLM, input_len: int, output_len: int) -> None:
 
 
 def latency(llm: LLM, batch_size: int, input_len: int, output_len: int, num_iters: int) -> dict[str, Any]:
-    """Seconds of a batch of equal requests: medians over `num_iters` runs after one that warms up."""
+    """Seconds of a batch of equal requests: medians over `num_iters` runs after one that warms up. In each run, TTFT and
+    TPOT are means over the requests."""
     _check(llm, input_len, output_len)
     runs = [_timed_batch(llm, batch_size, input_len, output_len, run) for run in range(num_iters + 1)][1:]
     middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
@@ -42,16 +43,17 @@ def latency(llm: LLM, batch_size: int, input_len: int, output_len: int, num_iter
 def _timed_batch(llm: LLM, batch_size: int, input_len: int, output_len: int, run: int) -> dict[str, float]:
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False,
                             output_kind=RequestOutputKind.DELTA)  # fmt: skip
-    engine, stamps = llm.engine, []
+    engine, first, last = llm.engine, dict[str, float](), dict[str, float]()
     start = time.perf_counter()
     for i, prompt in enumerate(_prompts(llm, [input_len] * batch_size, run)):
         engine.submit(f"bench-{run}-{i}", prompt, params)
     while engine.has_work:
-        stamps += [time.perf_counter()] * len(engine.step())
-    total = stamps[-1] - start
-    first = stamps[batch_size - 1] - start  # all have their first token
-    steps = max(output_len - 1, 1)
-    return {"ttft_s": first, "tpot_s": (total - first) / steps, "total_s": total,
+        for output in engine.step():
+            last[output.request_id] = time.perf_counter()
+            first.setdefault(output.request_id, last[output.request_id])
+    total, steps = max(last.values()) - start, max(output_len - 1, 1)
+    return {"ttft_s": statistics.mean(first.values()) - start,
+            "tpot_s": statistics.mean((last[i] - first[i]) / steps for i in first), "total_s": total,
             "output_tokens_per_s": batch_size * output_len / total}  # fmt: skip
 
 

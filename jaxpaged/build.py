@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import platformdirs
 from tqdm import tqdm
 
 from jaxpaged import hub, kv_cache, memory, weights
@@ -81,12 +79,13 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     family = door(hf["model_type"])
     decoder_config = family.decoder_config(hf)
     hf.finish()
+    auto_length = config.max_model_len == "auto"
     config = config.resolve(device.platform, decoder_config.max_positions)
     tokenizer = _tokenizer(config, path)
     stages.done("load the tokenizer")
     leaves = _load(config, family, decoder_config, checkpoint, params, progress)
     stages.done("load the weights")
-    runner, plan = _runner(config, decoder_config, leaves, device, progress)
+    runner, plan, config = _runner(config, decoder_config, leaves, device, auto_length, progress)
     stages.done("compile")
     generation_config = _generation_config(path, checkpoint)
     eos_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
@@ -100,9 +99,7 @@ def _use_compilation_cache(folder: str | None) -> None:
     """Keeps compiled programs on disk between starts, unless the user has set JAX up otherwise already."""
     if folder is None or (folder == "auto" and jax.config.jax_compilation_cache_dir):
         return
-    path = platformdirs.user_cache_dir("jaxpaged") if folder == "auto" else folder
-    path = os.path.join(os.environ.get("JAXPAGED_CACHE", path), "compiled") if folder == "auto" else path
-    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_compilation_cache_dir", str(hub.cache_dir() / "compiled") if folder == "auto" else folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -155,9 +152,9 @@ def _limits(config: EngineConfig, decoder_config: DecoderConfig, num_pages: int)
 
 
 def _runner(config: EngineConfig, decoder_config: DecoderConfig, leaves: dict[str, jax.Array], device: jax.Device,
-            progress: bool) -> tuple[ModelRunner, memory.MemoryPlan]:  # fmt: skip
+            auto_length: bool, progress: bool) -> tuple[ModelRunner, memory.MemoryPlan, EngineConfig]:  # fmt: skip
     """Compiles with as many pages as should fit; if the compiler's own account of temporaries says otherwise, again
-    with fewer."""
+    with fewer. With `auto_length` the longest sequence may become shorter, so that one fits."""
     buckets = ladder(int(config.max_num_batched_tokens), int(config.max_num_seqs))
     weight_bytes = sum(x.nbytes for x in leaves.values())
     limit = memory.device_limit(device, config.gpu_memory_utilization)
@@ -165,16 +162,26 @@ def _runner(config: EngineConfig, decoder_config: DecoderConfig, leaves: dict[st
     page_bytes = kv_cache.page_bytes(decoder_config, int(config.block_size), jnp.dtype(config.dtype))
     ops = backend(config.kernel_backend, device)
     while True:
+        if auto_length:
+            config = _fit(config, limit, weight_bytes, temporaries, page_bytes)
         plan = memory.plan(config, limit, weight_bytes, temporaries, page_bytes)
         runner = ModelRunner(decoder_config, leaves, buckets, _dims(config, decoder_config, plan.num_pages), ops,
                              config.dtype, device, lazy=config.enforce_eager)  # fmt: skip
         _compile(runner, progress)
         actual = runner.memory()
-        exact = memory.MemoryPlan(limit, weight_bytes, actual.temporaries, page_bytes, plan.num_pages)
+        known = actual.temporaries or temporaries  # nothing is compiled yet with enforce_eager
         if limit is None or config.num_gpu_blocks_override or actual.total <= limit:
             runner.allocate()
-            return runner, exact
-        temporaries = actual.temporaries
+            return runner, memory.MemoryPlan(limit, weight_bytes, known, page_bytes, plan.num_pages), config
+        temporaries = known
+
+
+def _fit(config: EngineConfig, *account: Any) -> EngineConfig:
+    fitted = memory.fitted(config, *account)
+    if fitted is not config:
+        log.warning("max_model_len: %s, which is what the KV cache has room for; the model could %s. Give the cache more "
+                    "memory, or set max_model_len.", fitted.max_model_len, config.max_model_len)  # fmt: skip
+    return fitted
 
 
 def _dims(config: EngineConfig, decoder_config: DecoderConfig, num_pages: int) -> Dims:

@@ -261,7 +261,7 @@ def collect_env() -> None:
 def main() -> None:
     """Entry point: mistakes become one line on standard error and status 2; JAXPAGED_DEBUG=1 shows the traceback."""
     try:
-        app()
+        app(prog_name="jaxpaged")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -13,6 +13,17 @@ from jaxpaged.request import RequestError, refuse_unknown
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 POLICIES = ("fcfs", "priority")
+# Arguments of vLLM's LLM that this version does not have, and the values that ask for nothing: those are taken, so that a
+# script runs after changing the import; any other value is refused by name.
+NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
+    "tokenizer_mode": ("auto", "hf", "slow"), "tokenizer_revision": (None,), "runner": ("auto", "generate"),
+    "convert": ("auto", "none"), "quantization": (None,), "kv_cache_dtype": ("auto",), "cpu_offload_gb": (0,),
+    "swap_space": (0, 4), "enable_lora": (False,), "enable_sleep_mode": (False,), "enable_expert_parallel": (False,),
+    "data_parallel_size": (1,), "distributed_executor_backend": (None, "mp", "uni"), "disable_custom_all_reduce": (False, True),
+    "disable_sliding_window": (False,), "speculative_config": (None,), "compilation_config": (None,),
+    "structured_outputs_config": (None,), "logits_processors": (None,), "logprobs_mode": ("raw_logprobs",),
+    "download_dir": (None,), "allowed_local_media_path": ("",), "limit_mm_per_prompt": (None,), "attention_backend": (None,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,10 +93,13 @@ class EngineConfig:
         for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise RequestError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
-        if self.max_logprobs < 0 or self.long_prefill_token_threshold < 0:
-            raise RequestError("max_logprobs and long_prefill_token_threshold must be >= 0.")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+            raise RequestError(f"gpu_memory_utilization must be a number in (0, 1], got {share!r}.", "gpu_memory_utilization")
+        for name in ("max_logprobs", "long_prefill_token_threshold"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise RequestError(f"{name} must be an integer >= 0, got {value!r}.", name)
         self._check_not_yet()
 
     def _check_not_yet(self) -> None:
@@ -122,6 +136,15 @@ class EngineConfig:
         )
 
 
+def without_nothing_asked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` less those of NOTHING_ASKED; RequestError for one of them that asks for something."""
+    for name in arguments.keys() & NOTHING_ASKED.keys():
+        if arguments[name] not in NOTHING_ASKED[name]:
+            allowed = " or ".join(map(repr, NOTHING_ASKED[name]))
+            raise RequestError(f"{name}={arguments[name]!r} is not supported by this version; leave it out ({allowed}).", name)
+    return {name: value for name, value in arguments.items() if name not in NOTHING_ASKED}
+
+
 def _auto(value: int | str, default: int) -> int:
     return default if value == "auto" else int(value)
 
@@ -134,7 +157,7 @@ def _length(value: int | str | None) -> int | str:
         number, factor = value[:-1], {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}.get(value[-1:], 0)
         try:
             return int(float(number) * factor) if factor else int(value)
-        except ValueError:
+        except (ValueError, OverflowError):  # "infk" is a number, but no length
             raise RequestError(f'max_model_len must be a number of tokens such as 4096, "4k" or "auto", got {value!r}.',
                                "max_model_len") from None  # fmt: skip
     return value

@@ -8,14 +8,13 @@ from typing import Any
 
 from jaxpaged.request import RequestOutput, SamplingParams
 
-SYSTEM = "You are a helpful assistant who answers in one or two short sentences."
 QUESTIONS = (
     "What is the capital of France?",
-    "Why is the sky blue?",
-    "Name three things that float on water.",
+    "What is gravity?",
     "What does a compiler do?",
-    "How do you boil an egg?",
-    "Who wrote Romeo and Juliet?",
+    "Write a haiku about the sea.",
+    "Give me three tips for better sleep.",
+    "What is photosynthesis?",
 )
 COMPLETIONS = ("Once upon a time, in a village by the sea,", "def fibonacci(n):\n")
 PARAMS = SamplingParams(temperature=0.0, max_tokens=48)
@@ -43,7 +42,7 @@ def run(build: Callable[..., Any]) -> None:
 
 
 def _question(tokenizer: Any, question: str) -> list[int]:
-    return tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
+    return tokenizer.apply_chat_template([{"role": "user", "content": question}])
 
 
 def _summary(outputs: list[RequestOutput], seconds: float, ready: float, metrics: dict[str, float]) -> str:

@@ -1,7 +1,7 @@
 """Builds a `tokenizers.Tokenizer` where there is no tokenizer.json: from GGUF metadata, from a SentencePiece model,
 from vocab.json + merges.txt.
 
-Imports nothing of jaxpaged. Errors are ValueError: they are about a file, not about a request.
+Errors are ValueError: they are about a file, not about a request.
 
 Two families:
 - `gpt2`: byte-level BPE. The merges are in the file, the way text is cut before merging is only named ("llama-bpe",
@@ -12,78 +12,19 @@ Two families:
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from jaxpaged import gguf_file, hub
 
 VERSION = 1  # of what is built here: part of the cache's key
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types, SentencePiece's numbers
-
-# ---------------------------------------------------------------------------------------------- GGUF metadata
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
-
-class _Reader:
-    """A cursor over the key-value part of a GGUF file. gguf.GGUFReader makes a numpy array of each string: 14 s for a
-    vocabulary of 262k words; this takes 0.2 s."""
-
-    def __init__(self, data: Any):
-        self.data, self.at = data, 0
-
-    def scalar(self, code: str, count: int = 1) -> tuple:
-        shape = struct.Struct(f"<{count}{code}")
-        values = shape.unpack_from(self.data, self.at)
-        self.at += shape.size
-        return values
-
-    def string(self) -> str:
-        (size,) = self.scalar("Q")
-        if self.at + size > len(self.data):
-            raise struct.error("string beyond the end")
-        self.at += size
-        return str(self.data[self.at - size : self.at], "utf-8", "replace")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            return self.scalar(_SCALARS[kind])[0]
-        kind, count = *self.scalar("I"), *self.scalar("Q")
-        if kind in _SCALARS:
-            return list(self.scalar(_SCALARS[kind], count))
-        return [self.value(kind) for _ in range(count)]
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Every key-value pair of a GGUF file (little endian, version 2 or 3), and "sha256" of that part of the file."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < 24:
-            raise ValueError(f"{path} is too short for a GGUF file.")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read_pairs(path, data)
-
-
-def _read_pairs(path: Path, data: Any) -> dict[str, Any]:
-    reader, out = _Reader(data), {}
-    (magic,), (version,), (_, count) = reader.scalar("s", 4), reader.scalar("I"), reader.scalar("Q", 2)
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError(f"{path} is not a GGUF file of version 2 or 3 (magic {magic!r}, version {version}).")
-    try:
-        for _ in range(count):
-            key = reader.string()
-            out[key] = reader.value(*reader.scalar("I"))
-    except (struct.error, KeyError) as error:
-        raise ValueError(f"{path} is truncated or damaged: its metadata ends at byte {reader.at} ({error}).") from error
-    out["sha256"] = hashlib.sha256(data[: reader.at]).hexdigest()
-    return out
-
 
 # ------------------------------------------------------------------------------------------------ byte-level BPE
 
@@ -309,9 +250,9 @@ def from_metadata(meta: dict[str, Any]) -> Tokenizer:
             f"tokenizer.ggml.model is {model!r}; known are 'gpt2' (byte-level BPE) and 'llama' "
             f"(SentencePiece BPE). Use the model's original tokenizer.json instead."
         )
-    types = meta.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    types = _numbers(meta, "token_type") or [NORMAL] * len(tokens)
     unknown = meta.get("tokenizer.ggml.unknown_token_id", types.index(UNKNOWN) if UNKNOWN in types else None)
-    scores, merges = meta.get("tokenizer.ggml.scores") or [], meta.get("tokenizer.ggml.merges")
+    scores, merges = _numbers(meta, "scores"), meta.get("tokenizer.ggml.merges")
     if len(types) != len(tokens) or (model == "llama" and len(scores) != len(tokens)):
         raise ValueError(f"{len(tokens)} tokens, but {len(types)} types and {len(scores)} scores in the GGUF file.")
     vocabulary = Vocabulary(tokens, types, scores, merges, unknown)
@@ -322,13 +263,17 @@ def from_metadata(meta: dict[str, Any]) -> Tokenizer:
     return sentencepiece(vocabulary, space_prefix=meta.get("tokenizer.ggml.add_space_prefix", model == "llama"))
 
 
+def _numbers(meta: dict[str, Any], key: str) -> list:
+    return np.asarray(meta.get(f"tokenizer.ggml.{key}", ())).tolist()
+
+
 def from_gguf(path: Path, cache_dir: Path | None = None) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer of a GGUF file, and the file's metadata. Merges recovered from scores are kept in the user's cache
-    folder (`cache_dir`), under the hash of the metadata: recovering takes seconds."""
-    meta = read_metadata(path)
+    """The tokenizer of a GGUF file, and the file's metadata. Merges recovered from scores are kept in `cache_dir` (None:
+    the user's cache folder), under the hash of what they were recovered from: recovering takes seconds."""
+    meta = gguf_file.read_header(path).metadata
     if "tokenizer.ggml.merges" in meta or meta.get("tokenizer.ggml.model") != "llama":
         return from_metadata(meta), meta
-    cached = _cache_folder(cache_dir) / f"{meta['sha256']}-{VERSION}.json"
+    cached = (cache_dir or hub.cache_dir() / "tokenizers") / f"{_hash(meta)}-{VERSION}.json"
     try:
         return Tokenizer.from_file(str(cached)), meta
     except Exception:  # absent, or damaged: tokenizers raises bare Exception
@@ -337,12 +282,13 @@ def from_gguf(path: Path, cache_dir: Path | None = None) -> tuple[Tokenizer, dic
     return tokenizer, meta
 
 
-def _cache_folder(cache_dir: Path | None) -> Path:
-    if cache_dir is not None:
-        return cache_dir
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("jaxpaged")) / "tokenizers"
+def _hash(meta: dict[str, Any]) -> str:
+    """Of every tokenizer key, whatever it says."""
+    digest = hashlib.sha256()
+    for key in sorted(key for key in meta if key.startswith("tokenizer.")):
+        value = meta[key]
+        digest.update(f"{key}\0{value.tolist() if isinstance(value, np.ndarray) else value!r}\0".encode())
+    return digest.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

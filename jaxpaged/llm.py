@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from jaxpaged import beam
 from jaxpaged.build import build_engine
-from jaxpaged.config import EngineConfig
+from jaxpaged.config import EngineConfig, without_nothing_asked
 from jaxpaged.engine import Engine
 from jaxpaged.prompts import ParsedPrompt, parse_prompts
 from jaxpaged.request import BeamSearchParams, RequestError, RequestOutput, RequestOutputKind, SamplingParams
@@ -42,6 +42,7 @@ class LLM:
 
     def __init__(self, model: str | dict[str, Any] = "demo", *, params: Any = None, use_tqdm: bool = True, **kwargs: Any):
         in_memory = model if isinstance(model, dict) else None
+        kwargs = without_nothing_asked(kwargs)
         config = EngineConfig(model="<in memory>" if in_memory is not None else str(model), **kwargs)
         self._built = build_engine(config, in_memory, params, progress=use_tqdm)
         self.engine: Engine = self._built.engine
@@ -70,7 +71,10 @@ class LLM:
             raise RequestError("lora_request is not supported by this version.", "lora_request")
         parsed = parse_prompts(prompts)
         params = self._params_for(len(parsed), sampling_params)
-        return self._run(parsed, params, list(priority or [0] * len(parsed)), use_tqdm)
+        order = [0] * len(parsed) if priority is None else list(priority)
+        if len(order) != len(parsed):
+            raise RequestError(f"{len(parsed)} prompts but {len(order)} priorities; give one a prompt.", "priority")
+        return self._run(parsed, params, order, use_tqdm)
 
     def chat(
         self,

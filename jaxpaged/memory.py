@@ -48,7 +48,8 @@ def plan(config: EngineConfig, limit: int | None, weights: int, temporaries: int
     RequestError, with the flag that would fit, if not even one longest sequence has room."""
     per_sequence = -(-int(config.max_model_len or 0) // int(config.block_size))
     most = per_sequence * int(config.max_num_seqs) + 1  # page 0 is the null page
-    pages = config.num_gpu_blocks_override or min(most, _budget(config, limit, weights, temporaries) // page_bytes)
+    pages = _pages(config, limit, weights, temporaries, page_bytes)
+    pages = pages if config.num_gpu_blocks_override else min(most, pages)
     if pages < per_sequence + 1:
         fits = max(0, pages - 1) * int(config.block_size)
         needed = (per_sequence + 1) * page_bytes
@@ -58,6 +59,16 @@ def plan(config: EngineConfig, limit: int | None, weights: int, temporaries: int
             "or more.", "max_model_len",
         )  # fmt: skip
     return MemoryPlan(limit, weights, temporaries, page_bytes, pages)
+
+
+def fitted(config: EngineConfig, limit: int | None, weights: int, temporaries: int, page_bytes: int) -> EngineConfig:
+    """`config` with max_model_len no longer than what the cache has room for: what "auto" means where memory is short."""
+    room = (_pages(config, limit, weights, temporaries, page_bytes) - 1) * int(config.block_size)
+    return config if int(config.max_model_len or 0) <= room or room < 1 else config.replace(max_model_len=room)
+
+
+def _pages(config: EngineConfig, limit: int | None, weights: int, temporaries: int, page_bytes: int) -> int:
+    return config.num_gpu_blocks_override or _budget(config, limit, weights, temporaries) // page_bytes
 
 
 def _budget(config: EngineConfig, limit: int | None, weights: int, temporaries: int) -> int:

@@ -226,7 +226,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _load_gguf(path: Path) -> Tokenizer:
     backend, meta = gguf_tokenizer.from_gguf(path)
-    tokens, types = meta["tokenizer.ggml.tokens"], meta.get("tokenizer.ggml.token_type") or ()
+    tokens, types = meta["tokenizer.ggml.tokens"], meta.get("tokenizer.ggml.token_type", ())
     ids = {k: meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos", "eot", "eom", "unknown", "padding")}
     for key, i in ids.items():
         if i is not None and not 0 <= i < len(tokens):

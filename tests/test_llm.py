@@ -330,7 +330,23 @@ def _paths(llm):
 
 def test_cache_too_small_for_one_sequence_names_what_fits():
     with pytest.raises(RequestError, match=r"room for 28 tokens.*max_model_len to at most 28, or kv_cache_memory_bytes="):
-        LLM(CONFIG, **ENGINE, num_gpu_blocks_override=8)
+        LLM(CONFIG, **ENGINE, num_gpu_blocks_override=8, max_model_len=29)
+
+
+def test_auto_length_is_what_the_cache_has_room_for():
+    with LLM(CONFIG, **ENGINE, num_gpu_blocks_override=8, enforce_eager=True) as small:
+        assert small.config.max_model_len == 28
+        assert len(tokens(run(small, [PROMPTS[0]], GREEDY.clone(max_tokens=22)))[0][0]) == 22
+        with pytest.raises(RequestError, match="max_model_len is 28"):
+            run(small, [PROMPTS[0]], GREEDY.clone(max_tokens=23))
+
+
+def test_vllms_arguments_that_ask_for_nothing_are_taken_and_others_refused():
+    asked = {"tokenizer_mode": "auto", "quantization": None, "enable_lora": False, "tensor_parallel_size": 1}
+    with LLM(CONFIG, **ENGINE, enforce_eager=True, **asked) as other:
+        assert other.get_world_size() == 1
+    with pytest.raises(RequestError, match="quantization='awq' is not supported"):
+        LLM(CONFIG, **ENGINE, quantization="awq")
 
 
 def test_default_sampling_params_come_from_the_model(tmp_path):
