@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 from jaxpaged.request import Request, RequestError, SamplingParams
 from jaxpaged.scheduler import Limits
@@ -49,13 +50,13 @@ def _tokens(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> tuple[s
             raise RequestError("a text prompt needs a tokenizer, and this engine has none; give token ids.", "prompt")
         text, tokens = prompt, tuple(tokenizer.encode(prompt))
     else:
-        text, tokens = None, tuple(_plain_int(token) for token in prompt)
+        text, tokens = None, tuple(map(_plain_int, prompt))
     if not tokens:
         raise RequestError("the prompt is empty; give at least one token.", "prompt")
     return text, tokens
 
 
-def _plain_int(token: object) -> object:
+def _plain_int(token: Any) -> Any:
     """numpy's integers become Python's; anything else stays what it is, to be refused by name."""
     return int(token) if isinstance(token, Integral) and not isinstance(token, bool) else token
 

@@ -97,7 +97,8 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
 
 def _use_compilation_cache(folder: str | None) -> None:
     """Keeps compiled programs on disk between starts, unless the user has set JAX up otherwise already."""
-    if folder is None or (folder == "auto" and jax.config.jax_compilation_cache_dir):
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if folder is None or (folder == "auto" and chosen):
         return
     jax.config.update("jax_compilation_cache_dir", str(hub.cache_dir() / "compiled") if folder == "auto" else folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -29,14 +29,14 @@ def _sampling(text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=SAMPLING)
 
 
-Temperature = Annotated[Optional[float], _sampling("0 is greedy. (default: the model's own, else 1)")]
-TopP = Annotated[Optional[float], _sampling("Keep the most probable tokens of this mass.")]
-TopK = Annotated[Optional[int], _sampling("Keep so many tokens; 0: all.")]
-MinP = Annotated[Optional[float], _sampling("Least probability, relative to the most probable token.")]
-Seed = Annotated[Optional[int], typer.Option("--sampling-seed", help="Makes sampling repeatable.", rich_help_panel=SAMPLING)]
-Stop = Annotated[Optional[list[str]], _sampling("Text that ends the output; may be given several times.")]
+Temperature = Annotated[float | None, _sampling("0 is greedy. (default: the model's own, else 1)")]
+TopP = Annotated[float | None, _sampling("Keep the most probable tokens of this mass.")]
+TopK = Annotated[int | None, _sampling("Keep so many tokens; 0: all.")]
+MinP = Annotated[float | None, _sampling("Least probability, relative to the most probable token.")]
+Seed = Annotated[int | None, typer.Option("--sampling-seed", help="Makes sampling repeatable.", rich_help_panel=SAMPLING)]
+Stop = Annotated[list[str] | None, _sampling("Text that ends the output; may be given several times.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log.")]
-OutputJson = Annotated[Optional[Path], typer.Option(help="Write the results to this file as JSON.")]
+OutputJson = Annotated[Path | None, typer.Option(help="Write the results to this file as JSON.")]
 
 
 def _version(wanted: bool) -> None:
@@ -69,24 +69,24 @@ def _given(**flags: Any) -> dict[str, Any]:
 @app.command()
 @engine_flags
 def generate(
-    prompts: Annotated[Optional[list[str]], typer.Argument(help="Texts to complete. Without any: standard input.")] = None,
-    file: Annotated[Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt in each line.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to complete. Without any: standard input.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="A text file with a prompt in each line.")] = None,
     chat: Annotated[bool, typer.Option(help="Each prompt is a user's message: use the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, a line each.")] = False,
     max_tokens: Annotated[int, _sampling("Most tokens to generate.")] = 128,
-    min_tokens: Annotated[Optional[int], _sampling("Least tokens to generate.")] = None,
-    n: Annotated[Optional[int], _sampling("Samples a prompt.")] = None,
+    min_tokens: Annotated[int | None, _sampling("Least tokens to generate.")] = None,
+    n: Annotated[int | None, _sampling("Samples a prompt.")] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
     min_p: MinP = None,
     sampling_seed: Seed = None,
-    presence_penalty: Annotated[Optional[float], _sampling("For tokens of the output so far, -2..2.")] = None,
-    frequency_penalty: Annotated[Optional[float], _sampling("For each occurrence in the output, -2..2.")] = None,
-    repetition_penalty: Annotated[Optional[float], _sampling("> 1 discourages tokens of prompt and output.")] = None,
+    presence_penalty: Annotated[float | None, _sampling("For tokens of the output so far, -2..2.")] = None,
+    frequency_penalty: Annotated[float | None, _sampling("For each occurrence in the output, -2..2.")] = None,
+    repetition_penalty: Annotated[float | None, _sampling("> 1 discourages tokens of prompt and output.")] = None,
     stop: Stop = None,
-    ignore_eos: Annotated[Optional[bool], _sampling("Go on after the end-of-sequence token.")] = None,
-    logprobs: Annotated[Optional[int], _sampling("Logprobs of so many alternatives (with --json).")] = None,
+    ignore_eos: Annotated[bool | None, _sampling("Go on after the end-of-sequence token.")] = None,
+    logprobs: Annotated[int | None, _sampling("Logprobs of so many alternatives (with --json).")] = None,
     quiet: Quiet = False,
     **engine: Any,
 ) -> None:
@@ -157,9 +157,9 @@ def _as_json(prompt: str, output: RequestOutput) -> str:
 @app.command()
 @engine_flags
 def chat(
-    system: Annotated[Optional[str], typer.Option("--system-prompt", help="A first message with the role system.")] = None,
-    message: Annotated[Optional[str], typer.Option("--message", help="Answer this one message and end.")] = None,
-    max_tokens: Annotated[Optional[int], _sampling("Most tokens an answer. (default: as many as fit)")] = None,
+    system: Annotated[str | None, typer.Option("--system-prompt", help="A first message with the role system.")] = None,
+    message: Annotated[str | None, typer.Option("--message", help="Answer this one message and end.")] = None,
+    max_tokens: Annotated[int | None, _sampling("Most tokens an answer. (default: as many as fit)")] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,

@@ -120,8 +120,8 @@ class EngineConfig:
 
         RequestError if max_model_len is more than the model was made for."""
         cpu = platform == "cpu"
-        wanted = model_max_len if self.max_model_len == "auto" else self.max_model_len
-        if int(wanted) > model_max_len:
+        wanted = _auto(self.max_model_len, model_max_len)
+        if wanted > model_max_len:
             raise RequestError(f"max_model_len={wanted} is more than the {model_max_len} positions of this model; lower "
                                "it, or say otherwise with hf_overrides={'max_position_embeddings': ...}.")  # fmt: skip
         if self.max_model_len == "auto" and cpu:
@@ -129,7 +129,7 @@ class EngineConfig:
         seqs = _auto(self.max_num_seqs, 32 if cpu else 256)
         return self.replace(
             dtype=("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype,
-            max_model_len=int(wanted),
+            max_model_len=wanted,
             block_size=_auto(self.block_size, 16 if cpu else 32),
             max_num_seqs=seqs,
             max_num_batched_tokens=max(_auto(self.max_num_batched_tokens, 512 if cpu else 8192), seqs),
@@ -145,8 +145,8 @@ def without_nothing_asked(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in NOTHING_ASKED}
 
 
-def _auto(value: int | str, default: int) -> int:
-    return default if value == "auto" else int(value)
+def _auto(value: int | str | None, default: int) -> int:
+    return default if value == "auto" or value is None else int(value)
 
 
 def _length(value: int | str | None) -> int | str:

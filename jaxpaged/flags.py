@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -83,8 +83,8 @@ def _flag(name: str, default: Any) -> inspect.Parameter:
     if name == "block_size":
         names.append("--page-size")
     option = typer.Option(*names, help=f"{text} (default: {shown})", rich_help_panel=panel, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None,
-                             annotation=Annotated[Optional[kind], option])  # fmt: skip # noqa: UP045
+    given = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=given)
 
 
 def _value(name: str, given: Any) -> Any:
@@ -125,6 +125,6 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 _CONFIG = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(help="YAML file with values for this command's flags.", is_eager=True, callback=_read_config),
 ]

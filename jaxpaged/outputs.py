@@ -56,7 +56,7 @@ class Track:
                 self.end(FinishReason.STOP, stop)
                 return finish is None
         if finish is not None:
-            self.end(finish, token if finish is FinishReason.STOP and token in params.stop_token_ids else None)
+            self.end(finish, token if finish is FinishReason.STOP and token in (params.stop_token_ids or ()) else None)
         return False
 
     def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
@@ -105,12 +105,11 @@ class Group:
     def score_prompt(self, first: int, count: int, values: TokenLogprobs, at: int, tokenizer: Tokenizer | None) -> None:
         """Logprobs of prompt tokens: rows at.. of `values` are the predictions made at positions first.."""
         prompt, wanted = self.request.prompt, self.request.params.prompt_logprobs
-        if self.prompt_logprobs is None:
-            self.prompt_logprobs = [None] * len(prompt)
+        scores = self.prompt_logprobs = self.prompt_logprobs or [None] * len(prompt)
         width = _width(wanted, values)
         for i in range(min(count, len(prompt) - 1 - first)):
             token = prompt[first + i + 1]
-            self.prompt_logprobs[first + i + 1] = logprob_entry(values, at + i, token, width, tokenizer)
+            scores[first + i + 1] = logprob_entry(values, at + i, token, width, tokenizer)
 
     def output(self) -> RequestOutput | None:
         """What to tell the user now, None for nothing."""

@@ -35,7 +35,8 @@ def parse_prompt(prompt: Any) -> ParsedPrompt:
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if text is None and ids is None:
             raise RequestError("a prompt dictionary needs 'prompt' or 'prompt_token_ids'.", "prompt")
-        return ParsedPrompt(text if ids is None else ids, text, prompt.get("cache_salt") or "")
+        content: Any = text if ids is None else ids
+        return ParsedPrompt(content, text, prompt.get("cache_salt") or "")
     if isinstance(prompt, str):
         return ParsedPrompt(prompt, prompt, "")
     if isinstance(prompt, (bytes, int)) or not hasattr(prompt, "__iter__"):

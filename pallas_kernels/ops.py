@@ -57,7 +57,7 @@ class Ops(NamedTuple):
 def backend(name: str = "auto", device: jax.Device | None = None) -> Ops:
     """The operations of a backend. "auto" takes the best one that supports `device` (default: JAX's first device) and
     logs the choice; a named backend never falls back: NotImplementedError says why it cannot run here."""
-    device = device or jax.devices()[0]
+    device = jax.devices()[0] if device is None else device
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"kernel backend {name!r} is unknown; known: auto, {', '.join(BACKENDS)}.")
     reasons = {}

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -69,8 +70,9 @@ def call(monkeypatch, capsys, *arguments: str, stdin: str | None = None) -> tupl
 
 
 def test_help_is_in_groups_and_loads_no_jax():
-    code = "import sys; from jaxpaged.cli import app; app(['generate', '--help'], standalone_mode=False); assert 'jax' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"COLUMNS": "120", "PATH": ""})
+    code = ("import sys; from jaxpaged.cli import app; app(['generate', '--help'], standalone_mode=False); "
+            "assert 'jax' not in sys.modules")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0, done.stderr
     for group in (flags.MODEL, flags.MEMORY, flags.SCHEDULING, flags.COMPILING, cli.SAMPLING):
         assert group in done.stdout
@@ -125,8 +127,8 @@ def test_generate_prints_prompt_and_text(monkeypatch, capsys, engine_flags):
 
 def test_generate_json_says_everything(monkeypatch, capsys, engine_flags, tmp_path):
     (tmp_path / "prompts").write_text("the cat\n\na dog\n")
-    status, out, _ = call(monkeypatch, capsys, "generate", "-f", str(tmp_path / "prompts"), "--json", "--n", "2", "--max-tokens",
-                          "4", "--temperature", "1", "--sampling-seed", "3", "--logprobs", "1", "--ignore-eos", *engine_flags)  # fmt: skip
+    asked = "--json --n=2 --max-tokens=4 --temperature=1 --sampling-seed=3 --logprobs=1 --ignore-eos".split()
+    status, out, _ = call(monkeypatch, capsys, "generate", "-f", str(tmp_path / "prompts"), *asked, *engine_flags)
     lines = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [line["prompt"] for line in lines] == ["the cat", "a dog"]
     for line in lines:

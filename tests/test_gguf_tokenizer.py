@@ -1,10 +1,8 @@
 # ruff: noqa: E501  (the models' patterns are long)
 """Tokenizers built from GGUF metadata and from SentencePiece models: token for token equal to the original's."""
 
-import struct
 from pathlib import Path
 
-import gguf
 import pytest
 import regex
 import tiny_tokenizers as tiny
