@@ -7,11 +7,11 @@ decodes (one token) first, then chunks. Padding: tokens have row R, rows have sl
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpaged.request import MAX_LOGIT_BIAS, Request, SamplingParams
+from jaxpaged.request import MAX_LOGIT_BIAS, Request
 from jaxpaged.scheduler import Plan, State
 
 
@@ -30,29 +30,33 @@ class Bucket(NamedTuple):
     num_rows: int  # R
 
 
+Numbers = Any
+"""A numpy array on the host; inside a program, and in what it returns, the jax.Array of the same shape."""
+
+
 class Sampling(NamedTuple):
     """Per row [R]; `seed`: uint32 [R, 2], high and low word."""
 
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    min_p: np.ndarray
-    seed: np.ndarray
+    temperature: Numbers
+    top_k: Numbers
+    top_p: Numbers
+    min_p: Numbers
+    seed: Numbers
 
 
 class Edits(NamedTuple):
     """Changes to the logits, per row. `history` int32 [R, N]: prompt and output known to the host, padded with V.
     `allowed` uint32 [R, V / 32]: bit t % 32 of word t // 32. `bias_ids` int32 [R, B], padded with V."""
 
-    presence: np.ndarray
-    frequency: np.ndarray
-    repetition: np.ndarray
-    history: np.ndarray
-    num_prompt: np.ndarray
-    num_history: np.ndarray
-    allowed: np.ndarray
-    bias_ids: np.ndarray
-    bias: np.ndarray
+    presence: Numbers
+    frequency: Numbers
+    repetition: Numbers
+    history: Numbers
+    num_prompt: Numbers
+    num_history: Numbers
+    allowed: Numbers
+    bias_ids: Numbers
+    bias: Numbers
 
 
 class Batch(NamedTuple):
@@ -80,10 +84,10 @@ class Batch(NamedTuple):
 class TokenLogprobs(NamedTuple):
     """Of n tokens: their logprob float32 [n] and rank int32 [n], and the k most probable ones' ids and logprobs [n, k]."""
 
-    logprob: np.ndarray
-    rank: np.ndarray
-    top_ids: np.ndarray
-    top: np.ndarray
+    logprob: Numbers
+    rank: Numbers
+    top_ids: Numbers
+    top: Numbers
 
 
 class Sampled(NamedTuple):
@@ -113,41 +117,59 @@ def choose(buckets: tuple[Bucket, ...], plan: Plan) -> Bucket:
 def build(state: State, plan: Plan, bucket: Bucket) -> Batch:
     """The batch of a plan. `state` is the one that `schedule` returned with the plan."""
     (T, R), n = bucket, len(plan.slots)
-    ends = np.cumsum(plan.num_tokens)
-    row = np.repeat(np.arange(n, dtype=np.int32), plan.num_tokens)
-    positions = (plan.start - (ends - plan.num_tokens))[row] + np.arange(len(row), dtype=np.int32)
-    slot = plan.slots[row]
-    params = [request.params for request in plan.requests]
-    variant = _variant(state, plan, params)
-    wants_prompt = any(p.prompt_logprobs is not None for p in params)
+    row, slot, positions, starts = _columns(plan)
+    ends = plan.start + plan.num_tokens
+    slots = _padded(plan.slots, R, state.limits.max_num_seqs)
+    wishes = state.wishes.read().take(slots)  # the field of a record is a view: nothing is copied row by row
+    variant = _variant(wishes, ends - state.seats.num_prompt[plan.slots])
+    wants_prompt = bool(wishes["prompt_logprobs"].any())
     return Batch(
         tokens=_padded(state.tokens.read()[slot, positions], T, 0),
         carried=_padded(positions >= state.seats.num_known[slot], T, False),
         positions=_padded(positions, T, 0),
         row_of_token=_padded(row, T, R),
         page_table=_page_table(state, plan, R),
-        kv_lens=_padded(plan.start + plan.num_tokens, R, 0),
-        query_start=_padded(np.concatenate([[0], ends]), R + 1, ends[-1]),
-        slots=_padded(plan.slots, R, state.limits.max_num_seqs),
+        kv_lens=_padded(ends, R, 0),
+        query_start=_padded(starts, R + 1, starts[-1]),
+        slots=slots,
         samples=_padded(plan.samples, R, False),
         counts=np.array([plan.num_decode, n], np.int32),
         copies=plan.copies,
-        sampling=_sampling(params, R) if variant > Variant.GREEDY else NO_SAMPLING,
-        edits=_edits(state, plan, R) if variant == Variant.FULL else None,
+        sampling=Sampling(*(wishes[name] for name in Sampling._fields)) if variant > Variant.GREEDY else NO_SAMPLING,
+        edits=_edits(state, plan, wishes) if variant == Variant.FULL else None,
         variant=variant,
-        num_logprobs=max((-1 if p.logprobs is None else _width(p, state) for p in params), default=-1),
+        num_logprobs=int(wishes["num_logprobs"].max()),
         prompt_logprobs=wants_prompt,
         targets=_targets(state, slot, positions, T) if wants_prompt else np.zeros(T, np.int32),
     )
 
 
-NO_SAMPLING = Sampling(*(np.zeros(0, np.float32) for _ in range(4)), np.zeros((0, 2), np.uint32))
+_NONE = np.zeros(0, np.float32)
+NO_SAMPLING = Sampling(_NONE, _NONE, _NONE, _NONE, np.zeros((0, 2), np.uint32))
+
+
+def _columns(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Row, slot and position of each token, and where each row's tokens start, with the end of the last."""
+    n = len(plan.slots)
+    if plan.num_decode == n:
+        starts = np.arange(n + 1, dtype=np.int32)
+        return starts[:n], plan.slots, plan.start, starts
+    starts = np.zeros(n + 1, np.int32)
+    np.cumsum(plan.num_tokens, out=starts[1:])
+    row = np.repeat(np.arange(n, dtype=np.int32), plan.num_tokens)
+    return row, plan.slots[row], (plan.start - starts[:n])[row] + np.arange(len(row), dtype=np.int32), starts
+
+
+def _variant(wishes: np.ndarray, num_output: np.ndarray) -> Variant:
+    if (num_output < wishes["edits_until"][: len(num_output)]).any():
+        return Variant.FULL
+    return Variant.SAMPLE if wishes["temperature"].any() else Variant.GREEDY
 
 
 def _padded(values: np.ndarray, size: int, fill: int | bool) -> np.ndarray:
     dtype = np.bool_ if values.dtype == np.bool_ else np.int32
-    out = np.full(size, fill, dtype)
-    out[: len(values)] = values
+    out = np.empty(size, dtype)
+    out[: len(values)], out[len(values) :] = values, fill
     return out
 
 
@@ -165,63 +187,26 @@ def _targets(state: State, slot: np.ndarray, positions: np.ndarray, size: int) -
     return _padded(np.where(known, state.tokens.read()[slot, following], 0), size, 0)
 
 
-def _width(params: SamplingParams, state: State) -> int:
-    return state.limits.vocab_size if params.logprobs == -1 else params.logprobs or 0
-
-
-def _sampling(params: list[SamplingParams], num_rows: int) -> Sampling:
-    def column(name: str, dtype: type, fill: float) -> np.ndarray:
-        out = np.full(num_rows, fill, dtype)
-        out[: len(params)] = [getattr(p, name) for p in params]
-        return out
-
-    seeds = np.zeros((num_rows, 2), np.uint32)
-    seeds[: len(params)] = [divmod((p.seed or 0) % 2**64, 2**32) for p in params]
-    return Sampling(column("temperature", np.float32, 0), column("top_k", np.int32, 0), column("top_p", np.float32, 1),
-                    column("min_p", np.float32, 0), seeds)  # fmt: skip
-
-
 # -- edits: rows that need more than temperature and truncation -----------------------------------------------------------
 
 
-def _variant(state: State, plan: Plan, params: list[SamplingParams]) -> Variant:
-    if all(p.greedy and _plain(p) for p in params):
-        return Variant.GREEDY
-    ends = plan.start + plan.num_tokens
-    needs = (_needs_edits(r, int(ends[i] - state.seats.num_prompt[plan.slots[i]])) for i, r in enumerate(plan.requests))
-    return Variant.FULL if any(needs) else Variant.SAMPLE if not all(p.greedy for p in params) else Variant.GREEDY
-
-
-def _plain(p: SamplingParams) -> bool:
-    """Whatever the progress of the request: nothing edits its logits."""
-    return not (p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0 or p.logit_bias or p.bad_words
-                or p.min_tokens or p.allowed_token_ids is not None)  # fmt: skip
-
-
-def _needs_edits(request: Request, num_output: int) -> bool:
-    p = request.params
-    return not _plain(p) and (not _plain(p.clone(min_tokens=0)) or num_output < p.min_tokens)
-
-
-def _edits(state: State, plan: Plan, num_rows: int) -> Edits:
-    V, n = state.limits.vocab_size, len(plan.slots)
+def _edits(state: State, plan: Plan, wishes: np.ndarray) -> Edits:
+    V, num_rows = state.limits.vocab_size, len(wishes)
     history, num_history = _history(state, plan, num_rows)
     allowed = np.full((num_rows, -(-V // 32)), 0xFFFFFFFF, np.uint32)
     bias_ids = np.full((num_rows, MAX_LOGIT_BIAS), V, np.int32)
     bias = np.zeros((num_rows, MAX_LOGIT_BIAS), np.float32)
-    penalties = np.zeros((3, num_rows), np.float32)
-    penalties[2] = 1.0
     num_prompt = _padded(state.seats.num_prompt[plan.slots], num_rows, 0)
+    num_output = (plan.start + plan.num_tokens - num_prompt[: len(plan.slots)]).tolist()
     for i, request in enumerate(plan.requests):
         p = request.params
-        penalties[:, i] = p.presence_penalty, p.frequency_penalty, p.repetition_penalty
         if p.logit_bias:
             bias_ids[i, : len(p.logit_bias)] = list(p.logit_bias)
             bias[i, : len(p.logit_bias)] = list(p.logit_bias.values())
-        num_output = int(plan.start[i] + plan.num_tokens[i]) - int(num_prompt[i])
-        _allow(allowed[i], request, history[i, : num_history[i]], num_output, V)
-    assert n <= num_rows
-    return Edits(*penalties, history, num_prompt, num_history, allowed, bias_ids, bias)
+        if p.allowed_token_ids is not None or request.bad_words_ids or num_output[i] < p.min_tokens:
+            _allow(allowed[i], request, history[i, : num_history[i]], num_output[i], V)
+    return Edits(wishes["presence"], wishes["frequency"], wishes["repetition"], history, num_prompt, num_history,
+                 allowed, bias_ids, bias)  # fmt: skip
 
 
 def _history(state: State, plan: Plan, num_rows: int) -> tuple[np.ndarray, np.ndarray]:

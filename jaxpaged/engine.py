@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from jaxpaged import admission, batch, scheduler
 from jaxpaged.batch import Batch, Bucket, Sampled
 from jaxpaged.outputs import Group, Track
-from jaxpaged.request import FinishReason, Request, RequestError, RequestMetrics, RequestOutput, SamplingParams
+from jaxpaged.request import FinishReason, Request, RequestError, RequestOutput, SamplingParams
 from jaxpaged.scheduler import Limits, Plan
 from jaxpaged.tokenizer import Tokenizer
 
@@ -175,7 +175,7 @@ class Engine:
     def _add(self, request: Request, arrived: float) -> None:
         children = _samples(request)
         tracks = [Track(i, child, self.tokenizer) for i, child in enumerate(children)]
-        group = Group(request, tracks, RequestMetrics(arrival_time=arrived))
+        group = Group(request, tracks, arrived)
         self._groups[request.id] = group
         self.counters.prompt_tokens += len(request.prompt)
         for child, track in zip(children, tracks):
@@ -223,10 +223,9 @@ class Engine:
             group = self._tracks[request_id][0]
             if group.num_cached_tokens is None:
                 group.num_cached_tokens = num_cached
-                group.update(scheduled_time=now)
+                group.scheduled_time = now
         for request_id in plan.preempted:
-            group = self._tracks[request_id][0]
-            group.update(num_preemptions=group.metrics.num_preemptions + 1)
+            self._tracks[request_id][0].num_preemptions += 1
 
     def _commit(self, step: InFlight, sampled: Sampled) -> list[RequestOutput]:
         self.state, committed = scheduler.commit(self.state, step.plan, sampled.tokens, sampled.finite)
@@ -242,16 +241,13 @@ class Engine:
 
     def _push(self, group: Group, track: Track, token: int, finish: FinishReason | None, sampled: Sampled, row: int):
         """One token for one track; True if a stop string ended it."""
-        now = time.monotonic()
         group.changed.add(track.index)
         if finish is FinishReason.ERROR:
             group.error = "the model's logits are not numbers (NaN or infinite): its weights or activations overflow."
             track.end(finish)
             return False
         self.counters.generated_tokens += 1
-        first = group.metrics.first_token_time or now
-        count = group.metrics.num_generation_tokens + 1
-        group.update(first_token_time=first, last_token_time=now, num_generation_tokens=count)
+        group.note_token(time.monotonic())
         return track.push(token, finish, sampled.logprobs, row)
 
     def _score_prompts(self, step: InFlight, sampled: Sampled) -> None:

@@ -6,7 +6,7 @@ A `Group` is a user's request; each of its n samples is a `Track`. Both are the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from jaxpaged.batch import TokenLogprobs
 from jaxpaged.request import (
@@ -89,7 +89,12 @@ class Group:
 
     request: Request  # as asked, n samples
     tracks: list[Track]
-    metrics: RequestMetrics
+    arrival_time: float  # seconds on the monotonic clock, as those below
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    num_generation_tokens: int = 0
+    num_preemptions: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int | None = None
     error: str | None = None
@@ -99,13 +104,16 @@ class Group:
     def finished(self) -> bool:
         return all(track.finish_reason is not None for track in self.tracks)
 
-    def update(self, **changes) -> None:
-        self.metrics = replace(self.metrics, **changes)
+    def note_token(self, now: float) -> None:
+        self.first_token_time = self.first_token_time or now
+        self.last_token_time = now
+        self.num_generation_tokens += 1
 
     def score_prompt(self, first: int, count: int, values: TokenLogprobs, at: int, tokenizer: Tokenizer | None) -> None:
         """Logprobs of prompt tokens: rows at.. of `values` are the predictions made at positions first.."""
         prompt, wanted = self.request.prompt, self.request.params.prompt_logprobs
-        scores = self.prompt_logprobs = self.prompt_logprobs or [None] * len(prompt)
+        scores: list[dict[int, Logprob] | None] = self.prompt_logprobs or [None] * len(prompt)
+        self.prompt_logprobs = scores
         width = _width(wanted, values)
         for i in range(min(count, len(prompt) - 1 - first)):
             token = prompt[first + i + 1]
@@ -129,7 +137,14 @@ class Group:
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=self.num_cached_tokens or 0,
-            metrics=self.metrics,
+            metrics=RequestMetrics(
+                self.arrival_time,
+                self.scheduled_time,
+                self.first_token_time,
+                self.last_token_time,
+                self.num_generation_tokens,
+                self.num_preemptions,
+            ),
             error=self.error,
         )
 

@@ -1,4 +1,4 @@
-"""The page pool and its index by content: pure functions over a frozen `Pool`.
+"""The page pool and its index by content: pure functions over a `Pool`, which is a value.
 
 A page is in one of three places: *held* (refs > 0), *blank* (nobody holds it, its content is worth nothing) or *cached*
 (nobody holds it, but it is published: its content can be found by its key). New pages come from the blank ones first,
@@ -16,8 +16,7 @@ Nobody writes where somebody else may read: offset o of page p may be written on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,8 +41,9 @@ class Match(NamedTuple):
     tail_tokens: int
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
+    """Versioned containers and counts. A tuple: making the next one costs a fifth of what `dataclasses.replace` does."""
+
     page_size: int
     refs: Array  # int32 [P]
     valid: Array  # int32 [P]: tokens published
@@ -84,18 +84,24 @@ def root(salt: str) -> Key:
     return hashlib.blake2b(salt.encode(), digest_size=16).digest()
 
 
-def page_key(parent: Key, tokens: np.ndarray) -> Key:
-    """tokens: int32 [K]."""
-    return hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
+def page_key(parent: Key, words: bytes) -> Key:
+    """words: the page's tokens, int32 [K], as bytes."""
+    return hashlib.blake2b(parent + words, digest_size=16).digest()
+
+
+def split(tokens: np.ndarray, page_size: int) -> Iterator[bytes]:
+    """The words of each full page of `tokens` (int32)."""
+    words, size = tokens.tobytes(), tokens.itemsize * page_size
+    return (words[at : at + size] for at in range(0, len(words) - size + 1, size))
 
 
 def match(pool: Pool, tokens: np.ndarray, salt: str) -> Match:
     """The longest known prefix of `tokens`, but at least one token is left to compute."""
-    K, most = pool.page_size, len(tokens) - 1
+    K, most, full = pool.page_size, len(tokens) - 1, pool.full.read()
     parent, pages, keys = root(salt), [], []
-    while (len(pages) + 1) * K <= most:
-        key = page_key(parent, tokens[len(pages) * K : (len(pages) + 1) * K])
-        page = pool.full.get(key)
+    for words in split(tokens[:most], K):
+        key = page_key(parent, words)
+        page = full.get(key)
         if page is None:
             break
         pages.append(page)
@@ -124,27 +130,25 @@ def hold(pool: Pool, pages: Sequence[int]) -> Pool:
     index = np.asarray(pages, np.int64)
     refs = pool.refs.read()[index]
     revived = int((refs == 0).sum())
-    return replace(pool, refs=pool.refs.set(index, refs + 1), stamp=pool.stamp.set(index, -1),
-                   num_held=pool.num_held + revived)  # fmt: skip
+    return pool._replace(refs=pool.refs.set(index, refs + 1), stamp=pool.stamp.set(index, -1),
+                         num_held=pool.num_held + revived)  # fmt: skip
 
 
 def take(pool: Pool, n: int) -> tuple[Pool, np.ndarray]:
-    """n pages, held once each, their old content forgotten. The caller has looked at `num_free`."""
+    """n pages (int64), held once each, their old content forgotten. The caller has looked at `num_free`."""
     assert n <= pool.num_free, f"{n} pages wanted, {pool.num_free} free"
-    taken: list[np.ndarray] = []
+    if not n:
+        return pool, np.zeros(0, np.int64)
     from_stack = min(n, pool.num_blank)
-    if from_stack:
-        taken.append(np.array(pool.blank.read()[pool.num_blank - from_stack : pool.num_blank]))
     fresh = min(n - from_stack, pool.num_pages - pool.num_used)
-    if fresh:
-        taken.append(np.arange(pool.num_used, pool.num_used + fresh, dtype=np.int32))
-    pool = replace(pool, num_blank=pool.num_blank - from_stack, num_used=pool.num_used + fresh)
-    if n - from_stack - fresh:
+    blank, used = pool.num_blank - from_stack, pool.num_used + fresh
+    taken = [pool.blank.read()[blank : pool.num_blank], np.arange(pool.num_used, used)]
+    if n > from_stack + fresh:
         pool, evicted = _evict(pool, n - from_stack - fresh)
         taken.append(evicted)
-    pages = np.concatenate(taken) if taken else np.zeros(0, np.int32)
-    refs = pool.refs.set(pages, 1) if n else pool.refs
-    return replace(pool, refs=refs, num_held=pool.num_held + n), pages
+    pages = np.concatenate(taken)
+    refs = pool.refs.set(pages, 1)
+    return pool._replace(refs=refs, num_blank=blank, num_used=used, num_held=pool.num_held + n), pages
 
 
 def _evict(pool: Pool, n: int) -> tuple[Pool, np.ndarray]:
@@ -154,28 +158,28 @@ def _evict(pool: Pool, n: int) -> tuple[Pool, np.ndarray]:
     head, missing = pool.head, n
     while missing:
         places = np.arange(head, min(head + max(64, missing), pool.tail))
-        pages = queue[places % size]
+        pages = queue[places % size].astype(np.int64)
         live = np.flatnonzero(stamp[pages] == places)[:missing]
         found.append(pages[live])
         missing -= len(live)
         head = int(places[live[-1]]) + 1 if not missing else int(places[-1]) + 1
     pages = np.concatenate(found)
-    pool = replace(pool, head=head, stamp=pool.stamp.set(pages, -1))
+    pool = pool._replace(head=head, stamp=pool.stamp.set(pages, -1))
     return unpublish(pool, pages.tolist()), pages
 
 
 def unpublish(pool: Pool, pages: Sequence[int]) -> Pool:
     """Makes pages unfindable. Who holds them keeps them."""
-    full, tails, gone = [], [], []
+    full, tails, gone, filed = [], [], [], pool.key_of.read()
     for page in pages:
-        entry = pool.key_of.get(page)
+        entry = filed.get(page)
         if entry is not None:
             gone.append(page)
             (tails if entry[1] else full).append(entry[0])
     if not gone:
         return pool
-    return replace(pool, key_of=pool.key_of.update({}, gone), full=pool.full.update({}, full),
-                   tails=pool.tails.update({}, tails), valid=pool.valid.set(np.asarray(gone), 0))  # fmt: skip
+    return pool._replace(key_of=pool.key_of.update({}, gone), full=pool.full.update({}, full),
+                         tails=pool.tails.update({}, tails), valid=pool.valid.set(np.asarray(gone), 0))  # fmt: skip
 
 
 def release(pool: Pool, pages: np.ndarray) -> Pool:
@@ -184,15 +188,19 @@ def release(pool: Pool, pages: np.ndarray) -> Pool:
         return pool
     pages = pages[::-1]
     refs = pool.refs.read()[pages] - 1
-    pool = replace(pool, refs=pool.refs.set(pages, refs))
     free = pages[refs == 0]
     published = pool.valid.read()[free] > 0
     cached, blank = free[published], free[~published]
-    pool = replace(pool, num_held=pool.num_held - len(free))
+    pool = pool._replace(refs=pool.refs.set(pages, refs), num_held=pool.num_held - len(free))
     if len(blank):
-        places = slice(pool.num_blank, pool.num_blank + len(blank))
-        pool = replace(pool, blank=pool.blank.set(places, blank), num_blank=pool.num_blank + len(blank))
+        pool = _stack(pool, blank)
     return _enqueue(pool, cached) if len(cached) else pool
+
+
+def _stack(pool: Pool, pages: np.ndarray) -> Pool:
+    """Puts pages on the stack of blank ones."""
+    end = pool.num_blank + len(pages)
+    return pool._replace(blank=pool.blank.set(slice(pool.num_blank, end), pages), num_blank=end)
 
 
 def _enqueue(pool: Pool, pages: np.ndarray) -> Pool:
@@ -200,8 +208,8 @@ def _enqueue(pool: Pool, pages: np.ndarray) -> Pool:
     if pool.tail + len(pages) - pool.head > size:
         pool = _compact(pool)
     places = np.arange(pool.tail, pool.tail + len(pages))
-    return replace(pool, queue=pool.queue.set(places % size, pages), stamp=pool.stamp.set(pages, places),
-                   tail=pool.tail + len(pages))  # fmt: skip
+    return pool._replace(queue=pool.queue.set(places % size, pages), stamp=pool.stamp.set(pages, places),
+                         tail=pool.tail + len(pages))  # fmt: skip
 
 
 def _compact(pool: Pool) -> Pool:
@@ -211,19 +219,28 @@ def _compact(pool: Pool) -> Pool:
     pages = pool.queue.read()[places % size]
     pages = pages[pool.stamp.read()[pages] == places]
     places = np.arange(pool.tail, pool.tail + len(pages))
-    return replace(pool, queue=pool.queue.set(places % size, pages), stamp=pool.stamp.set(pages, places),
-                   head=pool.tail, tail=pool.tail + len(pages))  # fmt: skip
+    return pool._replace(queue=pool.queue.set(places % size, pages), stamp=pool.stamp.set(pages, places),
+                         head=pool.tail, tail=pool.tail + len(pages))  # fmt: skip
 
 
-def publish(pool: Pool, page: int, key: Key) -> Pool:
-    """Files a full page under its key, unless another page is there already or this page is filed."""
-    entry = pool.key_of.get(page)
-    if key in pool.full or (entry is not None and not entry[1]):
+def publish(pool: Pool, pages: Sequence[int], keys: Sequence[Key]) -> Pool:
+    """Files full pages under their keys, except where another page is there already or the page is filed."""
+    full: dict[Key, int] = {}
+    key_of: dict[int, tuple[Key, bool]] = {}
+    tails = []  # pages that were tails and have been filled since
+    known, filed = pool.full.read(), pool.key_of.read()
+    for page, key in zip(pages, keys):
+        entry = key_of.get(page) or filed.get(page)
+        if key in full or key in known or (entry is not None and not entry[1]):
+            continue
+        if entry is not None:
+            tails.append(page)
+        full[key], key_of[page] = page, (key, False)
+    if not full:
         return pool
-    if entry is not None:  # it was a tail and has been filled since
-        pool = unpublish(pool, [page])
-    return replace(pool, full=pool.full.set(key, page), key_of=pool.key_of.set(page, (key, False)),
-                   valid=pool.valid.set(page, pool.page_size))  # fmt: skip
+    pool = unpublish(pool, tails)
+    valid = pool.valid.set(np.fromiter(key_of, np.int64, len(key_of)), pool.page_size)
+    return pool._replace(full=pool.full.update(full), key_of=pool.key_of.update(key_of), valid=valid)
 
 
 def publish_tail(pool: Pool, page: int, parent: Key, tokens: tuple[int, ...]) -> Pool:
@@ -234,8 +251,8 @@ def publish_tail(pool: Pool, page: int, parent: Key, tokens: tuple[int, ...]) ->
     old = pool.tails.get(parent)
     if old is not None and old.page != page:
         pool = forget_tail(pool, old.page)
-    return replace(pool, tails=pool.tails.set(parent, Tail(page, tokens)), key_of=pool.key_of.set(page, (parent, True)),
-                   valid=pool.valid.set(page, len(tokens)))  # fmt: skip
+    return pool._replace(tails=pool.tails.set(parent, Tail(page, tokens)), key_of=pool.key_of.set(page, (parent, True)),
+                         valid=pool.valid.set(page, len(tokens)))  # fmt: skip
 
 
 def forget_tail(pool: Pool, page: int) -> Pool:
@@ -244,8 +261,7 @@ def forget_tail(pool: Pool, page: int) -> Pool:
     pool = unpublish(pool, [page])
     if not cached:
         return pool
-    return replace(pool, stamp=pool.stamp.set(page, -1), blank=pool.blank.set(pool.num_blank, page),
-                   num_blank=pool.num_blank + 1)  # fmt: skip
+    return _stack(pool._replace(stamp=pool.stamp.set(page, -1)), np.array([page]))
 
 
 def reset(pool: Pool) -> Pool:
@@ -255,10 +271,8 @@ def reset(pool: Pool) -> Pool:
     cached = np.asarray([page for page in published if refs[page] == 0], np.int32)
     pool = unpublish(pool, published)
     if len(cached):
-        places = slice(pool.num_blank, pool.num_blank + len(cached))
-        pool = replace(pool, blank=pool.blank.set(places, cached), num_blank=pool.num_blank + len(cached),
-                       stamp=pool.stamp.set(cached, -1))  # fmt: skip
-    return replace(pool, head=pool.tail)
+        pool = _stack(pool._replace(stamp=pool.stamp.set(cached, -1)), cached)
+    return pool._replace(head=pool.tail)
 
 
 def check(pool: Pool) -> None:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from jaxpaged import pages
-from jaxpaged.state import State, copied
+from jaxpaged.state import State, copied, spread
 
 
-def full_pages(state: State, slots: Sequence[int]) -> State:
+def full_pages(state: State, slots: np.ndarray) -> State:
     """Publishes the pages of `slots` that are full of known tokens and computed or about to be."""
-    if not state.limits.enable_prefix_caching or not len(slots):
+    if not state.limits.enable_prefix_caching:
         return state
-    K, seats, pool = state.limits.page_size, copied(state.seats, "num_published"), state.pool
-    parents = {}
-    for slot in slots:
-        full = int(min(seats.num_computed[slot], seats.num_known[slot])) // K
-        parent, tokens, table = state.parents.read()[slot], state.tokens.read()[slot], state.page_table.read()[slot]
-        for i in range(int(seats.num_published[slot]), full):
-            parent = pages.page_key(parent, tokens[i * K : (i + 1) * K])
-            pool = pages.publish(pool, int(table[i]), parent)
-        seats.num_published[slot], parents[slot] = full, parent
-    index = np.fromiter(parents, np.int64, len(parents))
-    values = np.empty(len(parents), object)
-    values[:] = list(parents.values())
-    return replace(state, pool=pool, seats=seats, parents=state.parents.set(index, values))
+    s, K = state.seats, state.limits.page_size
+    full = np.minimum(s.num_computed[slots], s.num_known[slots]) // K
+    more = full > s.num_published[slots]
+    if not np.count_nonzero(more):  # five times as fast as any()
+        return state
+    slots, full = slots[more], full[more]
+    row, column = spread(s.num_published[slots], full)
+    tokens = state.tokens.read().reshape(len(s.active), -1, K)[slots[row], column]
+    parents: Any = state.parents.read()[slots]
+    keys: list[pages.Key] = []
+    for i, words in zip(row.tolist(), pages.split(tokens, K)):
+        parents[i] = pages.page_key(parents[i], words)
+        keys.append(parents[i])
+    seats = copied(s, "num_published")
+    seats.num_published[slots] = full
+    pool = pages.publish(state.pool, state.page_table.read()[slots[row], column].tolist(), keys)
+    return state._replace(pool=pool, seats=seats, parents=state.parents.set(slots, parents))
 
 
 def tail(state: State, slot: int, upto: int) -> State:
@@ -38,11 +41,4 @@ def tail(state: State, slot: int, upto: int) -> State:
         return state
     tokens = tuple(state.tokens.read()[slot, full * K : upto].tolist())
     page = int(state.page_table.read()[slot, full])
-    return replace(state, pool=pages.publish_tail(state.pool, page, state.parents.read()[slot], tokens))
-
-
-def with_full_pages(state: State, slots: np.ndarray) -> np.ndarray:
-    """Those of `slots` that have pages to publish."""
-    s = state.seats
-    full = np.minimum(s.num_computed[slots], s.num_known[slots]) // state.limits.page_size
-    return slots[full > s.num_published[slots]]
+    return state._replace(pool=pages.publish_tail(state.pool, page, state.parents.read()[slot], tokens))

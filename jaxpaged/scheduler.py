@@ -25,7 +25,8 @@ held once and not published beyond; num_computed and num_known <= num_tokens <= 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,9 @@ from jaxpaged.state import (
     check,
     copied,
     initial,
+    spread,
     stats,
+    wish,
 )
 
 __all__ = [
@@ -80,7 +83,7 @@ def add(state: State, request: Request) -> State:
 def abort(state: State, request_id: str) -> State:
     """Ends a request wherever it is; an unknown id changes nothing."""
     if request_id in state.waiting:
-        return replace(state, waiting=state.waiting.delete(request_id))
+        return state._replace(waiting=state.waiting.delete(request_id))
     slot = state.slot_of.get(request_id)
     return state if slot is None else _end(state, slot)
 
@@ -97,7 +100,7 @@ def reset_prefix_cache(state: State) -> State:
     seats = state.seats
     # Pages of running sequences stay unpublished from here on: their chain of keys is broken.
     closed = np.where(seats.active, np.iinfo(np.int32).max, seats.num_published)
-    return replace(state, pool=pages.reset(state.pool), seats=seats._replace(num_published=closed.astype(np.int32)))
+    return state._replace(pool=pages.reset(state.pool), seats=seats._replace(num_published=closed.astype(np.int32)))
 
 
 def fail(state: State, plan: Plan) -> tuple[State, list[str]]:
@@ -136,8 +139,8 @@ def _end(state: State, slot: int, trusted: bool = True) -> State:
     changed = copied(seats, "active", "num_pages", "generation")
     changed.active[slot], changed.num_pages[slot] = False, 0
     changed.generation[slot] += 1
-    return replace(state, pool=pages.release(pool, held), seats=changed, slot_of=state.slot_of.delete(request.id),
-                   requests=state.requests.set(slot, None))  # fmt: skip
+    return state._replace(pool=pages.release(pool, held), seats=changed, slot_of=state.slot_of.delete(request.id),
+                          requests=state.requests.set(slot, None))  # fmt: skip
 
 
 # -- a step ---------------------------------------------------------------------------------------------------------------
@@ -150,30 +153,29 @@ class _Draft:
     slots: np.ndarray
     counts: np.ndarray
     budget: int
+    preempted: list[str]
     copies: list[tuple[int, int]] = field(default_factory=list)
     borrowed: list[int] = field(default_factory=list)  # held until the end: a copy's source must not be given away
     admitted: list[tuple[str, int]] = field(default_factory=list)
-    preempted: list[str] = field(default_factory=list)
 
 
 def schedule(state: State) -> tuple[State, Plan]:
     """Decides the next step. May be called again before the last plan is committed."""
-    draft = _Draft(np.zeros(0, np.int64), np.zeros(0, np.int32), 0)
+    preempted = []
     while True:
-        slots, counts = _shares(state)
-        short = _missing_pages(state, slots, counts)
-        if short <= state.pool.num_free:
+        slots, counts, budget = _shares(state)
+        copying, need = _wants(state, slots, counts)
+        if int(need.sum()) + np.count_nonzero(copying) <= state.pool.num_free:
             break
         state, request_id = _preempt_newest(state)
-        draft.preempted.append(request_id)
-    draft.slots, draft.counts = slots, counts
-    draft.budget = state.limits.max_num_batched_tokens - int(counts.sum())
-    state = _give_pages(state, draft)
-    state = _advance(state, slots, counts)
-    if not draft.preempted:
+        preempted.append(request_id)
+    draft = _Draft(slots, counts, budget, preempted)
+    state = _copy_pages(state, slots[copying], draft)
+    state = _advance(state, slots, counts, need)
+    if not preempted:
         state = _admit(state, draft)
     if draft.borrowed:
-        state = replace(state, pool=_release_each(state.pool, draft.borrowed))
+        state = state._replace(pool=_release_each(state.pool, draft.borrowed))
     return _finish_plan(state, draft)
 
 
@@ -183,70 +185,59 @@ def _release_each(pool: Pool, borrowed: list[int]) -> Pool:
     return pool
 
 
-def _shares(state: State) -> tuple[np.ndarray, np.ndarray]:
-    """Running slots that lack tokens, oldest first, and how many tokens each gets."""
+def _shares(state: State) -> tuple[np.ndarray, np.ndarray, int]:
+    """Running slots that lack tokens, oldest first, how many tokens each gets, and how many are left over."""
     s, limits = state.seats, state.limits
     ready = s.active & (s.num_computed < s.num_tokens) & (s.num_tokens < s.max_total)
     ready &= ~s.lagging | (s.num_known == s.num_tokens)
-    slots = np.flatnonzero(ready)
+    (slots,) = ready.nonzero()
     slots = slots[np.lexsort((s.arrival[slots], s.priority[slots]))]
     counts = s.num_tokens[slots] - s.num_computed[slots]
     if limits.long_prefill_token_threshold:
         counts = np.minimum(counts, limits.long_prefill_token_threshold)
-    over = np.maximum(np.cumsum(counts) - limits.max_num_batched_tokens, 0)
-    counts = np.maximum(counts - over, 0).astype(np.int32)
-    return slots[counts > 0], counts[counts > 0]
+    left = limits.max_num_batched_tokens - int(counts.sum())
+    if left < 0:
+        over = np.maximum(np.cumsum(counts) - limits.max_num_batched_tokens, 0)
+        counts = np.maximum(counts - over, 0).astype(np.int32)
+        slots, counts = slots[counts > 0], counts[counts > 0]
+    return slots, counts, max(left, 0)
 
 
-def _to_copy(state: State, slots: np.ndarray) -> np.ndarray:
-    """bool: the slot's next token goes into a page that somebody else may read there."""
-    s, K = state.seats, state.limits.page_size
-    offset = s.num_computed[slots] % K
-    page = state.page_table.read()[slots, np.minimum(s.num_computed[slots] // K, state.limits.max_pages_per_seq - 1)]
-    return (offset > 0) & ((state.pool.refs.read()[page] > 1) | (offset < state.pool.valid.read()[page]))
+def _wants(state: State, slots: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each slot: does its next token go into a page that somebody else may read there? How many new pages does it need?"""
+    s, pool, K = state.seats, state.pool, state.limits.page_size
+    start = s.num_computed[slots].astype(np.int64)  # as an index, int32 takes three times as long
+    at = start // K
+    offset, page = start - at * K, state.page_table.read()[slots, at].astype(np.int64)
+    shared = (pool.refs.read()[page] > 1) | (offset < pool.valid.read()[page])
+    return shared & (offset > 0), (start + counts + (K - 1)) // K - s.num_pages[slots]
 
 
-def _new_pages(state: State, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    s, K = state.seats, state.limits.page_size
-    return np.maximum(-(-(s.num_computed[slots] + counts) // K) - s.num_pages[slots], 0)
+def _copy_pages(state: State, slots: np.ndarray, draft: _Draft) -> State:
+    """Copy-on-write: a page of its own for the next token of each slot. They are known to be there."""
+    if not len(slots):
+        return state
+    pool, fresh = pages.take(state.pool, len(slots))
+    at = state.seats.num_computed[slots] // state.limits.page_size
+    old = state.page_table.read()[slots, at].tolist()
+    draft.copies += zip(old, fresh.tolist())
+    draft.borrowed += old  # its reference, which ends with the plan
+    return state._replace(pool=pool, page_table=state.page_table.set((slots, at), fresh))
 
 
-def _missing_pages(state: State, slots: np.ndarray, counts: np.ndarray) -> int:
-    return int(_new_pages(state, slots, counts).sum() + _to_copy(state, slots).sum())
-
-
-def _give_pages(state: State, draft: _Draft) -> State:
-    """Copy-on-write pages and new ones for the running rows of a draft: they are known to be there."""
-    slots, K = draft.slots, state.limits.page_size
-    copying = slots[_to_copy(state, slots)]
-    if len(copying):
-        pool, fresh = pages.take(state.pool, len(copying))
-        at = state.seats.num_computed[copying] // K
-        old = state.page_table.read()[copying, at].tolist()
-        draft.copies += zip(old, fresh.tolist())
-        draft.borrowed += old  # its reference, which ends with the plan
-        state = replace(state, pool=pool, page_table=state.page_table.set((copying, at), fresh))
-    need = _new_pages(state, slots, draft.counts)
-    growing = slots[need > 0]
-    return _append_pages(state, growing, need[need > 0]) if len(growing) else state
-
-
-def _append_pages(state: State, slots: np.ndarray, need: np.ndarray) -> State:
-    pool, fresh = pages.take(state.pool, int(need.sum()))
-    seats = copied(state.seats, "num_pages")
-    rows = np.repeat(slots, need)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(need) - need, need)
-    columns = seats.num_pages[rows] + within
-    seats.num_pages[slots] += need.astype(np.int32)
-    return replace(state, pool=pool, seats=seats, page_table=state.page_table.set((rows, columns), fresh))
-
-
-def _advance(state: State, slots: np.ndarray, counts: np.ndarray) -> State:
-    """Counts the tokens as computed and publishes what they fill."""
-    seats = copied(state.seats, "num_computed")
+def _advance(state: State, slots: np.ndarray, counts: np.ndarray, need: np.ndarray) -> State:
+    """Gives slots the pages that they need, counts the tokens as computed and publishes what they fill."""
+    seats = copied(state.seats, "num_computed", "num_pages")
     seats.num_computed[slots] += counts
-    state = replace(state, seats=seats)
-    return publish.full_pages(state, publish.with_full_pages(state, slots).tolist())
+    (growing,) = need.nonzero()
+    if len(growing):
+        to, more = slots[growing], need[growing]
+        first = seats.num_pages[to]
+        seats.num_pages[to] += more
+        row, column = spread(first, first + more)
+        pool, fresh = pages.take(state.pool, len(row))
+        state = state._replace(pool=pool, page_table=state.page_table.set((to[row], column), fresh))
+    return publish.full_pages(state._replace(seats=seats), slots)
 
 
 def _preempt_newest(state: State) -> tuple[State, str]:
@@ -255,7 +246,7 @@ def _preempt_newest(state: State) -> tuple[State, str]:
     slot = int(slots[np.lexsort((s.arrival[slots], s.priority[slots]))[-1]])
     request = state.requests.read()[slot]
     tokens = np.array(state.tokens.read()[slot, : s.num_known[slot]])
-    state = replace(_end(state, slot), num_preemptions=state.num_preemptions + 1)
+    state = _end(state, slot)._replace(num_preemptions=state.num_preemptions + 1)
     return queue.push(state, Waiting(request, tokens, True)), request.id
 
 
@@ -296,70 +287,60 @@ def _has_room(state: State, waiting: Waiting, found: pages.Match) -> bool:
 
 
 def _seat(state: State, slot: int, waiting: Waiting, found: pages.Match, draft: _Draft) -> tuple[State, int]:
-    """Gives a request a slot, shared pages, and its first chunk. Returns how many tokens that has."""
-    request, tokens = waiting.request, waiting.tokens
-    cached = len(found.pages) * state.limits.page_size + found.tail_tokens
-    state = _sit_down(state, slot, request, tokens, cached, found)
-    if found.tail >= 0:
-        state = _copy_tail(state, slot, found, draft)
-    count = min(len(tokens) - cached, draft.budget, state.limits.long_prefill_token_threshold or len(tokens))
-    only, counts = np.array([slot]), np.array([count], np.int32)
-    need = _new_pages(state, only, counts)
-    if need[0]:
-        state = _append_pages(state, only, need)
-    state = _advance(state, only, counts)
+    """Gives a request a slot, its pages, and its first chunk. Returns how many tokens that has."""
+    limits, tokens, shared = state.limits, waiting.tokens, found.pages
+    cached = len(shared) * limits.page_size + found.tail_tokens
+    count = min(len(tokens) - cached, draft.budget, limits.long_prefill_token_threshold or len(tokens))
+    own = -(-(cached + count) // limits.page_size) - len(shared)
+    pool = pages.hold(state.pool, shared if found.tail < 0 else [*shared, found.tail])
+    pool, fresh = pages.take(pool, own)
+    if found.tail >= 0:  # a tail is shared by copying it: its sharer writes into it at once
+        draft.copies.append((found.tail, int(fresh[0])))
+        draft.borrowed.append(found.tail)
     draft.budget -= count
-    draft.admitted.append((request.id, cached))
-    return replace(state, prefix_queries=state.prefix_queries + len(tokens), prefix_hits=state.prefix_hits + cached), count
+    draft.admitted.append((waiting.request.id, cached))
+    state = state._replace(pool=pool, prefix_queries=state.prefix_queries + len(tokens), prefix_hits=state.prefix_hits + cached)
+    state = _sit_down(state, slot, waiting, cached + count, found, [*shared, *fresh.tolist()])
+    return publish.full_pages(state, np.array([slot])), count
 
 
-def _sit_down(state: State, slot: int, request: Request, tokens: np.ndarray, cached: int, found: pages.Match) -> State:
+def _sit_down(state: State, slot: int, waiting: Waiting, num_computed: int, found: pages.Match, held: list[int]) -> State:
+    request, tokens = waiting.request, waiting.tokens
     seats = Seats(*(array.copy() for array in state.seats))
     seats.active[slot] = True
-    seats.num_prompt[slot], seats.num_tokens[slot] = len(request.prompt), len(tokens)
-    seats.num_known[slot], seats.num_computed[slot] = len(tokens), cached
-    seats.num_pages[slot] = seats.num_published[slot] = len(found.pages)
+    seats.num_prompt[slot], seats.num_tokens[slot], seats.num_known[slot] = len(request.prompt), len(tokens), len(tokens)
+    seats.num_computed[slot], seats.num_pages[slot], seats.num_published[slot] = num_computed, len(held), len(found.pages)
     seats.max_total[slot] = request.max_total_tokens
     seats.priority[slot], seats.arrival[slot], _ = queue.key_of(state.limits, request)
     seats.lagging[slot] = any(len(word) > 1 for word in request.bad_words_ids)
     seats.stops[slot] = (sorted(request.stop_ids) + [NO_TOKEN] * NUM_STOPS)[:NUM_STOPS]
     parent = found.keys[-1] if found.keys else pages.root(request.cache_salt)
-    table = state.page_table
-    if found.pages:
-        table = table.set((slot, slice(0, len(found.pages))), np.asarray(found.pages, np.int32))
-    return replace(
-        state, seats=seats, pool=pages.hold(state.pool, found.pages), page_table=table,
+    return state._replace(
+        seats=seats, page_table=state.page_table.set((slot, slice(0, len(held))), held),
         tokens=state.tokens.set((slot, slice(0, len(tokens))), tokens), requests=state.requests.set(slot, request),
         parents=state.parents.set(slot, parent), slot_of=state.slot_of.set(request.id, slot),
+        wishes=state.wishes.set(slot, wish(request.params, state.limits.vocab_size)),
     )  # fmt: skip
-
-
-def _copy_tail(state: State, slot: int, found: pages.Match, draft: _Draft) -> State:
-    """A tail is shared by copying it: its sharer writes into it at once."""
-    pool, (fresh,) = pages.take(pages.hold(state.pool, [found.tail]), 1)
-    draft.copies.append((found.tail, int(fresh)))
-    draft.borrowed.append(found.tail)
-    seats = copied(state.seats, "num_pages")
-    at = seats.num_pages[slot]
-    seats.num_pages[slot] += 1
-    return replace(state, pool=pool, seats=seats, page_table=state.page_table.set((slot, int(at)), fresh))
 
 
 def _finish_plan(state: State, draft: _Draft) -> tuple[State, Plan]:
     """Batch order, and the tokens that the step will sample."""
-    order = np.argsort(draft.counts > 1, kind="stable")
-    slots, counts = draft.slots[order], draft.counts[order]
+    slots, counts = draft.slots, draft.counts
+    num_decode = int(np.count_nonzero(counts == 1))
+    if num_decode < len(slots):
+        order = np.argsort(counts > 1, kind="stable")
+        slots, counts = slots[order], counts[order]
     seats = state.seats
     samples = seats.num_computed[slots] == seats.num_tokens[slots]
     requests = state.requests.read()
     plan = Plan(
-        slots.astype(np.int32), seats.generation[slots], (seats.num_computed[slots] - counts).astype(np.int32), counts,
-        samples, int((counts == 1).sum()), np.asarray(draft.copies, np.int32).reshape(-1, 2),
+        slots, seats.generation[slots], (seats.num_computed[slots] - counts).astype(np.int32), counts,
+        samples, num_decode, np.asarray(draft.copies, np.int32).reshape(-1, 2),
         tuple(requests[slots].tolist()), tuple(draft.admitted), tuple(draft.preempted),
     )  # fmt: skip
     seats = copied(seats, "num_tokens")
     seats.num_tokens[slots[samples]] += 1
-    return replace(state, seats=seats), plan
+    return state._replace(seats=seats), plan
 
 
 # -- results --------------------------------------------------------------------------------------------------------------
@@ -371,18 +352,17 @@ def commit(state: State, plan: Plan, tokens: np.ndarray, finite: np.ndarray) -> 
     n, s = len(plan.slots), state.seats
     live = s.active[plan.slots] & (s.generation[plan.slots] == plan.generations)
     state = _publish_prompt_tails(state, plan, live)
-    rows = np.flatnonzero(live & plan.samples)
+    (rows,) = (live & plan.samples).nonzero()
     slots, new = plan.slots[rows], tokens[:n][rows]
-    at = plan.start[rows] + plan.num_tokens[rows]
+    at = (plan.start[rows] + plan.num_tokens[rows]).astype(np.int64)
     seats = copied(state.seats, "num_known")
     seats.num_known[slots] = at + 1
-    state = replace(state, seats=seats, tokens=state.tokens.set((slots, at), new))
-    state = publish.full_pages(state, publish.with_full_pages(state, slots).tolist())
+    state = state._replace(seats=seats, tokens=state.tokens.set((slots, at), new))
+    state = publish.full_pages(state, slots)
     reasons = _reasons(state, slots, new, at + 1, finite[:n][rows])
-    requests = state.requests.read()
-    ids = [request.id for request in requests[slots].tolist()]
+    ids = [request.id for request in state.requests.read()[slots].tolist()]
     outputs = Outputs(ids, slots.tolist(), plan.generations[rows].tolist(), new.tolist(), reasons, rows.tolist())
-    for slot, reason in zip(outputs.slots, reasons):
+    for slot, reason in zip(outputs.slots, reasons) if any(reasons) else ():
         if reason is not None:
             state = _end(state, slot, trusted=reason is not FinishReason.ERROR)
     return state, outputs
@@ -400,12 +380,12 @@ def _publish_prompt_tails(state: State, plan: Plan, live: np.ndarray) -> State:
 def _reasons(state: State, slots: np.ndarray, tokens: np.ndarray, totals: np.ndarray, finite: np.ndarray) -> list:
     """Why each sequence ends now, None if it goes on."""
     s = state.seats
-    stopped = (s.stops[slots] == tokens[:, None]).any(1)
-    full = s.stops[slots, -1] != NO_TOKEN
-    ended = totals >= s.max_total[slots]
+    stops = s.stops.take(slots, axis=0)
+    stopped = np.flatnonzero(stops == tokens[:, None]) // NUM_STOPS  # three times as fast as any(axis=1)
+    ended, full = totals >= s.max_total[slots], stops[:, -1] != NO_TOKEN
     reasons: list[FinishReason | None] = [None] * len(slots)
-    for i in np.flatnonzero(stopped | ended | full | ~finite).tolist():
-        request = state.requests.read()[slots[i]]
+    for i in {*stopped.tolist(), *np.flatnonzero(ended | full | ~finite).tolist()}:
+        request: Any = state.requests.read()[slots[i]]
         if not finite[i]:
             reasons[i] = FinishReason.ERROR
         elif int(tokens[i]) in request.stop_ids:

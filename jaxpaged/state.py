@@ -14,11 +14,29 @@ import numpy as np
 
 from jaxpaged import pages
 from jaxpaged.pages import NULL_PAGE, Pool
-from jaxpaged.request import FinishReason, Request
+from jaxpaged.request import FinishReason, Request, SamplingParams
 from jaxpaged.versioned import Array, Map
 
 NUM_STOPS = 8  # stop ids of a sequence that are compared for all slots at once; sequences with more are looked at singly
 NO_TOKEN = -1
+
+WISH = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("seed", np.uint32, 2),  # high and low word
+        ("presence", np.float32),
+        ("frequency", np.float32),
+        ("repetition", np.float32),
+        ("edits_until", np.int32),  # the logits are edited for rows with less output than this
+        ("num_logprobs", np.int32),  # alternatives to list; -1: no logprobs
+        ("prompt_logprobs", np.bool_),
+    ],
+    align=True,
+)
+NEVER, ALWAYS = np.iinfo(np.int32).min, np.iinfo(np.int32).max  # of edits_until
 
 
 @dataclass(frozen=True)
@@ -66,15 +84,17 @@ class Seats(NamedTuple):
     stops: np.ndarray  # int32 [S, NUM_STOPS], padded with NO_TOKEN
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
+    """A tuple: making the next one costs a fifth of what `dataclasses.replace` does."""
+
     limits: Limits
     pool: Pool
     seats: Seats
     requests: Array  # object [S]
     parents: Array  # object [S]: key of the last published page
-    tokens: Array  # int32 [S, N]
+    tokens: Array  # int32 [S, M K]: whole pages
     page_table: Array  # int32 [S, M]
+    wishes: Array  # WISH [S + 1]: what a slot's request wants from the sampler; the last one is a padding row's
     slot_of: Map  # request id -> slot
     waiting: Map  # request id -> Waiting
     heap: Any = None
@@ -86,9 +106,9 @@ class State:
 class Plan(NamedTuple):
     """One step, in batch order: decodes (one token) first, then chunks."""
 
-    slots: np.ndarray  # int32 [n], all below too
-    generations: np.ndarray
-    start: np.ndarray  # first position
+    slots: np.ndarray  # int64 [n], numpy's own type of index: others are converted whenever they are used
+    generations: np.ndarray  # int64
+    start: np.ndarray  # first position; int32, as the next
     num_tokens: np.ndarray
     samples: np.ndarray  # bool: reaches the sequence's end
     num_decode: int
@@ -125,14 +145,28 @@ class Stats:
 
 
 def initial(limits: Limits) -> State:
-    S, N, M = limits.max_num_seqs, limits.max_model_len, limits.max_pages_per_seq
+    S, M, K = limits.max_num_seqs, limits.max_pages_per_seq, limits.page_size
     ints = lambda: np.zeros(S, np.int32)
     seats = Seats(np.zeros(S, bool), np.zeros(S, np.int64), ints(), ints(), ints(), ints(), ints(), ints(), ints(),
                   np.zeros(S, np.int64), np.zeros(S, np.int64), np.zeros(S, bool),
                   np.full((S, NUM_STOPS), NO_TOKEN, np.int32))  # fmt: skip
+    nobody = np.full(S + 1, np.array(wish(SamplingParams(temperature=0), limits.vocab_size), WISH))
     return State(limits, pages.create(limits.num_pages, limits.page_size), seats, Array(np.full(S, None, object)),
-                 Array(np.full(S, None, object)), Array(np.zeros((S, N), np.int32)), Array(np.zeros((S, M), np.int32)),
-                 Map(), Map())  # fmt: skip
+                 Array(np.full(S, None, object)), Array(np.zeros((S, M * K), np.int32)), Array(np.zeros((S, M), np.int32)),
+                 Array(nobody), Map(), Map())  # fmt: skip
+
+
+def wish(p: SamplingParams, vocab_size: int) -> tuple:
+    """An entry of `State.wishes`."""
+    others = (p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0 or p.logit_bias or p.bad_words
+              or p.allowed_token_ids is not None)  # fmt: skip
+    edits_until = ALWAYS if others else min(p.min_tokens, ALWAYS) if p.min_tokens else NEVER
+    width = -1 if p.logprobs is None else vocab_size if p.logprobs == -1 else p.logprobs
+    return (
+        p.temperature, min(p.top_k, vocab_size), p.top_p, p.min_p, divmod((p.seed or 0) % 2**64, 2**32),
+        p.presence_penalty, p.frequency_penalty, p.repetition_penalty,
+        edits_until, width, p.prompt_logprobs is not None,
+    )  # fmt: skip
 
 
 def stats(state: State) -> Stats:
@@ -143,6 +177,15 @@ def stats(state: State) -> Stats:
 
 def copied(seats: Seats, *names: str) -> Seats:
     return seats._replace(**{name: getattr(seats, name).copy() for name in names})
+
+
+def spread(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row i and column j of every place with first[i] <= j < end[i] in a ragged table, row by row."""
+    first, count = first.astype(np.int64), end - first
+    if np.count_nonzero(count == 1) == len(count):  # a decode step
+        return np.arange(len(first)), first
+    row = np.repeat(np.arange(len(first)), count)
+    return row, np.arange(len(row)) + (end - np.cumsum(count))[row]
 
 
 def check(state: State) -> None:

@@ -8,6 +8,7 @@ states stay true values, which costs only those who read them. Not for several t
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,10 @@ class _Versioned:
 
     def _own(self) -> Any:
         """The container in this version's state. Iterative: chains may be long."""
-        chain, node = [], self
+        if self._data is not None:
+            return self._data
+        chain: list[_Versioned] = []
+        node: Any = self
         while node._data is None:
             chain.append(node)
             node = node._next
@@ -39,7 +43,8 @@ class _Versioned:
     def _step(self, change: Any) -> Any:
         """A new version that owns the data with `change` applied; this one keeps the way back."""
         data = self._own()
-        new = type(self)(data)
+        new = object.__new__(type(self))  # __init__ is for beginnings
+        new._data, new._next, new._undo = data, None, None
         self._undo, self._next, self._data = self._exchange(data, change), new, None
         return new
 
@@ -50,15 +55,17 @@ class _Versioned:
 
 
 class Array(_Versioned):
-    """A numpy array of fixed shape."""
+    """A numpy array of fixed shape, which it takes over."""
 
     __slots__ = ()
 
+    def __init__(self, data: np.ndarray):
+        data.flags.writeable = False
+        super().__init__(data)
+
     def read(self) -> np.ndarray:
-        """A read-only view, good until another version is made or read."""
-        view = self._own().view()
-        view.flags.writeable = False
-        return view
+        """The array, read-only, good until another version is made or read."""
+        return self._own()
 
     def set(self, index: Any, values: Any) -> Array:
         """A version with `array[index] = values`. An index array must not name a place twice."""
@@ -68,8 +75,12 @@ class Array(_Versioned):
     def _exchange(data: np.ndarray, change: Any) -> Any:
         index, values = change
         old = data[index]
-        old = old.copy() if isinstance(old, np.ndarray) else old
-        data[index] = values
+        old = old.copy() if isinstance(old, (np.ndarray, np.void)) else old  # a void is a view of a structured entry
+        data.flags.writeable = True
+        try:
+            data[index] = values
+        finally:
+            data.flags.writeable = False
         return index, old
 
 
@@ -80,6 +91,10 @@ class Map(_Versioned):
 
     def __init__(self, data: dict | None = None):
         super().__init__({} if data is None else data)
+
+    def read(self) -> Mapping[Any, Any]:
+        """The dictionary, read-only, good until another version is made or read."""
+        return MappingProxyType(self._own())
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         return self._own().get(key, default)

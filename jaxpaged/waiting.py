@@ -6,7 +6,6 @@ Nodes are (rank, entry, left, right), entries (priority, arrival, id).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from jaxpaged.request import Request
@@ -30,7 +29,7 @@ def key_of(limits: Limits, request: Request) -> tuple[int, int, str]:
 
 def push(state: State, waiting: Waiting) -> State:
     node = (1, key_of(state.limits, waiting.request), None, None)
-    return replace(state, heap=_merge(state.heap, node), waiting=state.waiting.set(waiting.request.id, waiting))
+    return state._replace(heap=_merge(state.heap, node), waiting=state.waiting.set(waiting.request.id, waiting))
 
 
 def peek(state: State) -> tuple[State, Waiting | None]:
@@ -39,10 +38,11 @@ def peek(state: State) -> tuple[State, Waiting | None]:
     while heap is not None:
         waiting = state.waiting.get(heap[1][2])
         if waiting is not None and waiting.request.arrival == heap[1][1]:
-            return replace(state, heap=heap), waiting
+            return state._replace(heap=heap), waiting
         heap = _merge(heap[2], heap[3])
-    return replace(state, heap=None), None
+    return state._replace(heap=None), None
 
 
 def pop(state: State, waiting: Waiting) -> State:
-    return replace(state, heap=_merge(state.heap[2], state.heap[3]), waiting=state.waiting.delete(waiting.request.id))
+    heap = state.heap
+    return state._replace(heap=_merge(heap[2], heap[3]), waiting=state.waiting.delete(waiting.request.id))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +54,8 @@ class Ops(NamedTuple):
     write_kv: WriteKV
 
 
-def backend(name: str = "auto", device: jax.Device | None = None) -> Ops:
-    """The operations of a backend. "auto" takes the best one that supports `device` (default: JAX's first device) and
+def backend(name: str = "auto", device: Any = None) -> Ops:
+    """The operations of a backend. "auto" takes the best one that supports `device` (a jax.Device; None: JAX's first) and
     logs the choice; a named backend never falls back: NotImplementedError says why it cannot run here."""
     device = jax.devices()[0] if device is None else device
     if name != "auto" and name not in BACKENDS:
