@@ -29,6 +29,9 @@ def make_request(
     total = _total_tokens(len(tokens), params, limits.max_model_len)
     _check_vocabulary(params, limits.vocab_size)
     _check_logprobs(params, limits.vocab_size, max_logprobs)
+    stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else eos_ids)
+    bad_words = _bad_words(params, tokenizer)
+    _check_some_allowed(params, stop_ids, bad_words)
     if tokenizer is None and params.detokenize and params.stop:
         raise RequestError("stop strings need a tokenizer, and this engine has none; use stop_token_ids.", "stop")
     return Request(
@@ -37,10 +40,10 @@ def make_request(
         params=params,
         priority=priority,
         cache_salt=cache_salt,
-        stop_ids=frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else eos_ids),
+        stop_ids=stop_ids,
         max_total_tokens=total,
         prompt_text=prompt_text if text is None else text,
-        bad_words_ids=_bad_words(params, tokenizer),
+        bad_words_ids=bad_words,
     )
 
 
@@ -99,6 +102,17 @@ def _check_logprobs(params: SamplingParams, vocab_size: int, max_logprobs: int) 
         if width > max_logprobs:
             raise RequestError(f"{name}={asked} asks for {width:,} alternatives, max_logprobs is {max_logprobs}; "
                                f"ask for fewer, or start the engine with max_logprobs={width}.", name)  # fmt: skip
+
+
+def _check_some_allowed(params: SamplingParams, stop_ids: frozenset[int], bad_words: Sequence[tuple[int, ...]]) -> None:
+    """What may be sampled must not be empty: a row without any word cannot be sampled from."""
+    if params.allowed_token_ids is None:
+        return
+    left = set(params.allowed_token_ids) - {word[0] for word in bad_words if len(word) == 1}
+    left -= stop_ids if params.min_tokens else frozenset()
+    if not left:
+        raise RequestError("allowed_token_ids leave nothing to sample: bad_words, or min_tokens (which bans the tokens that "
+                           "end the sequence), forbid all of them; allow another token.", "allowed_token_ids")  # fmt: skip
 
 
 def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:

@@ -88,7 +88,7 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     runner, plan, config = _runner(config, decoder_config, leaves, device, auto_length, progress)
     stages.done("compile")
     generation_config = _generation_config(path, checkpoint)
-    eos_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
+    eos_ids = _eos_ids(tokenizer, generation_config, hf)
     engine = Engine(_limits(config, decoder_config, plan.num_pages), runner, runner.buckets, tokenizer, eos_ids,
                     config.max_logprobs, config.async_scheduling, config.seed)  # fmt: skip
     log.info("%s", plan.table(int(config.block_size)))
@@ -110,6 +110,13 @@ def _generation_config(path: Path | None, checkpoint: Checkpoint | None) -> dict
         return checkpoint.generation_config
     file = None if path is None else path / "generation_config.json"
     return read_json(file) if file is not None and file.exists() else {}
+
+
+def _eos_ids(tokenizer: Tokenizer | None, generation_config: dict[str, Any], hf: HFConfig) -> frozenset[int]:
+    """The ids that end a sequence: the tokenizer's and generation_config.json's; without these, config.json's."""
+    listed = lambda ids: frozenset(() if ids is None else ids if isinstance(ids, list) else [ids])
+    known = listed(generation_config.get("eos_token_id")) | (tokenizer.eos_token_ids if tokenizer else frozenset())
+    return known or listed(hf.get("eos_token_id"))
 
 
 def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:

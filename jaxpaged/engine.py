@@ -243,7 +243,8 @@ class Engine:
         """One token for one track; True if a stop string ended it."""
         group.changed.add(track.index)
         if finish is FinishReason.ERROR:
-            group.error = "the model's logits are not numbers (NaN or infinite): its weights or activations overflow."
+            group.error = ("the model's logits are not numbers (NaN or infinite: its weights or activations overflow), or "
+                           "allowed_token_ids and bad_words left nothing to sample.")  # fmt: skip
             track.end(finish)
             return False
         self.counters.generated_tokens += 1

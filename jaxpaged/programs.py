@@ -135,7 +135,8 @@ def make_sample(config: DecoderConfig, num_rows: int, variant: Variant, dims: Di
             tokens = sampler.sample(logits, Sampling(*(b[name] for name in Sampling._fields)), b["kv_lens"])
         place = jnp.where(b["samples"], b["slots"], dims.num_slots)
         last_token = last_token.at[place].set(tokens, mode="drop")
-        return jnp.stack([tokens, sampler.finite(raw).astype(jnp.int32)]), last_token, raw
+        finite = sampler.finite(raw) & sampler.finite(logits)
+        return jnp.stack([tokens, finite.astype(jnp.int32)]), last_token, raw
 
     return sample
 

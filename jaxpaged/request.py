@@ -56,7 +56,7 @@ def refuse_unknown(kind: str, given: Any, known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise RequestError(f"{kind} has no parameter {name!r}{hint} It takes: {', '.join(sorted(known))}.", name)
 
 
@@ -127,18 +127,21 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._normalise()
         self._check_ranges()
+        self._check_kinds()
         self._check_lists()
+        if self.greedy:  # only now: what is off must be right all the same
+            for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+                self._set(name, off)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def _normalise(self) -> None:
-        stop = self.stop
-        self._set("stop", () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop))
+        self._set("stop", (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop))
         for name in ("stop_token_ids", "bad_words"):
-            self._set(name, tuple(getattr(self, name) or ()))
+            self._set(name, _as_tuple(name, getattr(self, name)))
         if self.allowed_token_ids is not None:
-            self._set("allowed_token_ids", tuple(self.allowed_token_ids))
+            self._set("allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids))
         if self.seed == -1:
             self._set("seed", None)
         if self.top_k == -1:
@@ -149,8 +152,6 @@ class SamplingParams:
             self._set("skip_reading_prefix_cache", self.prompt_logprobs is not None)
         if _is_finite(self.temperature) and 0 <= self.temperature < MIN_TEMPERATURE:
             self._set("temperature", 0.0 if self.temperature < SAMPLING_EPS else MIN_TEMPERATURE)
-        if self.temperature == 0.0:
-            self._set("top_p", 1.0), self._set("top_k", 0), self._set("min_p", 0.0)
         if isinstance(self.logit_bias, dict):
             self._set("logit_bias", {_as_id(k): _as_bias(v) for k, v in self.logit_bias.items()})
 
@@ -182,6 +183,14 @@ class SamplingParams:
             _check(value is None or (_is_int(value) and value >= -1), name, "None, -1 (all) or an integer >= 0", value)
         if self.n > 1 and self.temperature == 0.0:
             raise RequestError(f"n must be 1 when using greedy sampling, got {self.n}; set temperature > 0.", "n")
+
+    def _check_kinds(self) -> None:
+        for f in fields(self):
+            if f.type == "bool":
+                value = getattr(self, f.name)
+                _check(isinstance(value, bool), f.name, "True or False", value)
+        kinds = ", ".join(f"RequestOutputKind.{kind.name}" for kind in RequestOutputKind)
+        _check(isinstance(self.output_kind, RequestOutputKind), "output_kind", f"one of {kinds}", self.output_kind)
 
     def _check_lists(self) -> None:
         _check(all(isinstance(s, str) and s for s in self.stop or ()), "stop", "non-empty strings", self.stop)
@@ -217,7 +226,15 @@ class SamplingParams:
         return self.temperature == 0.0
 
     def clone(self, **changes: Any) -> SamplingParams:
+        if self.skip_reading_prefix_cache == (self.prompt_logprobs is not None):  # as it is by default: find it anew
+            changes = {"skip_reading_prefix_cache": None, **changes}
         return replace(self, **changes)
+
+
+def _as_tuple(name: str, value: Any) -> tuple:
+    if isinstance(value, (str, bytes, dict)) or not (value is None or hasattr(value, "__iter__")):
+        raise RequestError(f"{name} must be a list, got {value!r}.", name)
+    return () if value is None else tuple(value)
 
 
 def _as_id(key: Any) -> int:

@@ -139,11 +139,11 @@ def _top_p_level(weights: Array, top_p: Array) -> Array:
 
     def search() -> Array:
         total = jnp.sum(weights, axis=1)
-        need = jnp.where(top_p < 1, jnp.ceil(top_p * total.astype(jnp.float32)).astype(jnp.int32), 0)
+        need = jnp.where(top_p < 1, jnp.ceil(top_p * total.astype(jnp.float32)).astype(jnp.int32), total)
         zeros = jnp.zeros_like(total)
         start = _Search(zeros, jnp.max(weights, axis=1) + 1, total, zeros)
         one_word = lambda s: s.above_low - s.above_high < 2 * s.low  # lies between low and high
-        return _bisect(start, need, mass, lambda s: (need == 0) | one_word(s))
+        return _bisect(start, need, mass, lambda s: (top_p >= 1) | one_word(s))
 
     return lax.cond(jnp.any(top_p < 1), search, lambda: jnp.zeros_like(weights[:, 0]))
 

@@ -20,6 +20,9 @@ class _Versioned:
     """`_data` is the container, or None; then `_next` is a newer version and `_undo` leads from it back to this one."""
 
     __slots__ = ("_data", "_next", "_undo")
+    _data: Any
+    _next: Any
+    _undo: Any
 
     def __init__(self, data: Any):
         self._data, self._next, self._undo = data, None, None
@@ -28,8 +31,7 @@ class _Versioned:
         """The container in this version's state. Iterative: chains may be long."""
         if self._data is not None:
             return self._data
-        chain: list[_Versioned] = []
-        node: Any = self
+        chain, node = [], self
         while node._data is None:
             chain.append(node)
             node = node._next

@@ -155,6 +155,12 @@ def test_stop_token_ids_and_eos(llm):
     assert (ended.finish_reason, ended.stop_reason) == ("stop", stop)
 
 
+def test_without_a_tokenizer_the_configs_eos_ends_a_sequence(llm):
+    (output,) = run(llm, [PROMPTS[0]], GREEDY.clone(logit_bias={2: 100.0}))
+    assert output.outputs[0].token_ids == [2]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None)
+
+
 def test_min_tokens_keeps_the_end_away(llm):
     (plain,) = tokens(run(llm, [PROMPTS[0]], GREEDY.clone(ignore_eos=True)))[0]
     stop = plain[1]
@@ -238,6 +244,7 @@ BAD = [
     ([[5]], GREEDY.clone(logit_bias={400: 1.0}), "logit_bias: 400"),
     ([{"prompt_token_ids": [5], "multi_modal_data": {}}], GREEDY, "multi_modal_data"),
     ([[5], [6]], [GREEDY], "2 prompts but 1 sampling_params"),
+    ([[5]], GREEDY.clone(allowed_token_ids=[2], min_tokens=3), "leave nothing to sample"),
 ]
 
 
@@ -245,6 +252,11 @@ BAD = [
 def test_bad_requests_say_why(llm, prompts, params, message):
     with pytest.raises(RequestError, match=message):
         run(llm, prompts, params)
+
+
+def test_as_many_priorities_as_prompts(llm):
+    with pytest.raises(RequestError, match="2 prompts but 1 priorities"):
+        llm.generate([[5], [6]], GREEDY, priority=[1], use_tqdm=False)
 
 
 def test_a_bad_prompt_among_good_ones_runs_none_and_leaves_nothing(llm):
