@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 from jaxpaged.batch import Edits, Sampling, TokenLogprobs
 
@@ -26,19 +27,19 @@ TOTAL_BITS = 30  # a row's weights add up to (2^29, 2^30], and a little for roun
 BLOCK = 256  # the draw picks a block of this many words, then a word of it
 
 
-def greedy(logits: Array) -> Array:
+def greedy(logits: Float[Array, "R V"]) -> Int32[Array, " R"]:
     """The most probable id of each row, the lowest one of equals: int32 [R]. Rows with NaN: some id in [0, V)."""
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     is_highest = logits == _highest(logits)[:, None]
     return jnp.minimum(jnp.min(jnp.where(is_highest, ids, logits.shape[1]), axis=1), logits.shape[1] - 1)
 
 
-def finite(logits: Array) -> Array:
+def finite(logits: Float[Array, "R V"]) -> Bool[Array, " R"]:
     """Whether a row can be sampled from: no NaN, no +inf, and not -inf throughout. bool [R]."""
     return jnp.isfinite(_highest(logits))
 
 
-def sample(logits: Array, sampling: Sampling, positions: Array) -> Array:
+def sample(logits: Float32[Array, "R V"], sampling: Sampling, positions: Int32[Array, " R"]) -> Int32[Array, " R"]:
     """Draws one id a row: int32 [R].
 
     logits: float32 [R, V]. sampling: arrays [R] (temperature 0: the row's argmax). positions: int32 [R], the index that
@@ -59,7 +60,7 @@ def _highest(logits: Array) -> Array:
     return jnp.max(logits, axis=1)
 
 
-def _weights(logits: Array, sampling: Sampling) -> Array:
+def _weights(logits: Float32[Array, "R V"], sampling: Sampling) -> Int32[Array, "R V"]:
     """Whole numbers int32 [R, V] in proportion to the probabilities after temperature, min-p and top-k.
 
     Greedy rows keep the highest words only. The scale is a power of two, so that scaling rounds nothing."""
@@ -131,7 +132,7 @@ def _top_k_floor(logits: Array, highest: Array, top_k: Array) -> Array:
     return lax.cond(jnp.any(need < V), search, lambda: lowest)
 
 
-def _top_p_level(weights: Array, top_p: Array) -> Array:
+def _top_p_level(weights: Int32[Array, "R V"], top_p: Float32[Array, " R"]) -> Int32[Array, " R"]:
     """The weight from which on words are in the smallest set of most probable ones with a mass >= top_p. int32 [R]."""
 
     def mass(t: Array) -> Array:
@@ -151,7 +152,7 @@ def _top_p_level(weights: Array, top_p: Array) -> Array:
 # -- the draw --------------------------------------------------------------------------------------------------------------
 
 
-def _random_bits(seed: Array, positions: Array) -> Array:
+def _random_bits(seed: UInt32[Array, "R 2"], positions: Int32[Array, " R"]) -> UInt32[Array, "R 2"]:
     """uint32 [R, 2] from seeds uint32 [R, 2] (high word first, as jax.random.key has it)."""
 
     def row(words: Array, position: Array) -> Array:
@@ -161,7 +162,7 @@ def _random_bits(seed: Array, positions: Array) -> Array:
     return jax.vmap(row)(seed, positions)
 
 
-def _draw(weights: Array, bits: Array) -> Array:
+def _draw(weights: Int32[Array, "R V"], bits: UInt32[Array, "R 2"]) -> Int32[Array, " R"]:
     """The id at a place of each row's cumulative sum that `bits` choose uniformly: weights int32 [R, V] -> int32 [R]."""
     R, V = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
@@ -197,7 +198,9 @@ def _high_product(a: Array, b: Array) -> Array:
 # -- edits -----------------------------------------------------------------------------------------------------------------
 
 
-def edit(logits: Array, edits: Edits, last_token: Array, carried: Array) -> Array:
+def edit(
+    logits: Float32[Array, "R V"], edits: Edits, last_token: Int32[Array, " R"], carried: Bool[Array, " R"]
+) -> Float32[Array, "R V"]:
     """What requests change about their logits: float32 [R, V] -> [R, V]; words that are not allowed become -inf.
 
     The order is vLLM's (vllm/v1/sample/sampler.py, apply_logits_processors): allowed ids, bad words, min_tokens (one mask,
@@ -239,7 +242,7 @@ def _penalise(logits: Array, edits: Edits, last_token: Array, carried: Array) ->
 # -- logprobs --------------------------------------------------------------------------------------------------------------
 
 
-def logprobs(logits: Array, tokens: Array, k: int) -> TokenLogprobs:
+def logprobs(logits: Float[Array, "N V"], tokens: Int32[Array, " N"], k: int) -> TokenLogprobs:
     """Log-softmax in float32 of logits [N, V] at tokens int32 [N], and the k (static; at most V are given) most probable
     ids, of equals the lower ones first.
 
@@ -256,7 +259,9 @@ def logprobs(logits: Array, tokens: Array, k: int) -> TokenLogprobs:
     return TokenLogprobs(normal(chosen)[:, 0], rank, top_ids, normal(top))
 
 
-def prompt_logprobs(hidden: Array, head: Callable[[Array], Array], targets: Array, k: int, chunk: int = 64) -> TokenLogprobs:
+def prompt_logprobs(
+    hidden: Float[Array, "T E"], head: Callable, targets: Int32[Array, " T"], k: int, chunk: int = 64
+) -> TokenLogprobs:
     """`logprobs` of targets int32 [T] from hidden rows [T, E], `chunk` rows at a time: logits of all rows at once would
     be [T, V]. head: hidden rows [C, E] -> logits [C, V]."""
     T = len(targets)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32, Int32
 
 log = logging.getLogger(__name__)
 
@@ -25,25 +26,31 @@ BACKENDS = ("reference",)  # best first: "auto" takes the first that supports th
 class PagedAttention(Protocol):
     def __call__(
         self,
-        q: Array,
-        k_pages: Array,
-        v_pages: Array,
-        page_table: Array,
-        kv_lens: Array,
-        query_start: Array,
-        counts: Array,
+        q: Float[Array, "T H D"],
+        k_pages: Float[Array, "P K G D"],
+        v_pages: Float[Array, "P K G D"],
+        page_table: Int32[Array, "R M"],
+        kv_lens: Int32[Array, " R"],
+        query_start: Int32[Array, " R+1"],
+        counts: Int32[Array, " 2"],
         *,
         scale: float,
         window: int | None = None,
         soft_cap: float | None = None,
-        sinks: Array | None = None,
-    ) -> tuple[Array, Array]: ...
+        sinks: Float[Array, " H"] | None = None,
+    ) -> tuple[Float[Array, "T H D"], Float32[Array, "T H"]]: ...
 
 
 class WriteKV(Protocol):
     def __call__(
-        self, k_pages: Array, v_pages: Array, k: Array, v: Array, pages: Array, offsets: Array
-    ) -> tuple[Array, Array]: ...
+        self,
+        k_pages: Float[Array, "P K G D"],
+        v_pages: Float[Array, "P K G D"],
+        k: Float[Array, "T G D"],
+        v: Float[Array, "T G D"],
+        pages: Int32[Array, " T"],
+        offsets: Int32[Array, " T"],
+    ) -> tuple[Float[Array, "P K G D"], Float[Array, "P K G D"]]: ...
 
 
 class Ops(NamedTuple):

@@ -1,4 +1,5 @@
-"""What every test runs under: CPU, several devices, strict promotion of dtypes and ranks, a compilation cache."""
+"""What every test runs under: CPU, several devices, strict promotion of dtypes and ranks, shapes of annotated functions
+checked, a compilation cache."""
 
 import os
 
@@ -10,7 +11,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 def pytest_configure() -> None:
     import jax
+    from jaxtyping import install_import_hook
 
+    install_import_hook(["jaxpaged.sampler", "jaxpaged.models.decoder", "pallas_kernels.reference"], "beartype.beartype")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxpaged/tests"))

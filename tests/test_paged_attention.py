@@ -220,7 +220,9 @@ def test_write_kv_in_place_needs_no_second_cache(backend):
 def test_write_kv_casts_to_the_caches_dtype(backend):
     caches, tokens, pages, offsets = written("bfloat16")
     wide = [token.astype(np.float32) + 2**-12 for token in tokens]
-    results = pallas_kernels.write_kv(*map(jnp.array, caches), *map(jnp.array, wide), pages, offsets, backend)
+    results = pallas_kernels.write_kv(
+        *map(jnp.array, caches), *map(jnp.array, wide), jnp.array(pages), jnp.array(offsets), backend
+    )
     for result, new in zip(results, wide):
         np.testing.assert_array_equal(np.asarray(result)[3, 0], new[0].astype(jnp.bfloat16))
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Float32, Int32
 
 from jaxpaged.models.rope import Rope, rotate
 
@@ -86,7 +87,9 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...][:, None]
 
 
-def columns_product(w: Array, x: Array, dtype: jnp.dtype | None = None) -> Array:
+def columns_product(
+    w: Float[Array, "out in"], x: Float[Array, "in T"], dtype: jnp.dtype | None = None
+) -> Float[Array, "out T"]:
     """W x for W [out, in], x [in, T]. A single column goes as a row times W': XLA on CPU then streams W once at the
     speed of memory. (`reshape`, not `.T`: XLA folds transposes into the product, which is then the slow one again.)"""
     if x.shape[1] == 1:
@@ -122,7 +125,9 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, c, dtype, axis=2) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c, dtype, axis=2) if c.qk_norm else None
 
-    def __call__(self, x: Array, layer: int, cos: Array, sin: Array, attend: Attend) -> Array:
+    def __call__(
+        self, x: Float[Array, "E T"], layer: int, cos: Float[Array, "T half"], sin: Float[Array, "T half"], attend: Attend
+    ) -> Float[Array, "E T"]:
         H, G, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         heads = self.qkv(x).reshape(H + 2 * G, D, -1).transpose(2, 0, 1)  # [T, H + 2 G, D]
         q, k, v = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
@@ -170,12 +175,12 @@ class Embedding(nnx.Module):
         shape = config.vocab_size, config.embed_dim
         self.weight = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * config.embed_dim**-0.5)
 
-    def lookup(self, tokens: Array) -> Array:
+    def lookup(self, tokens: Int32[Array, " T"]) -> Float[Array, "E T"]:
         """int32 [T] -> [E, T]."""
         return self.weight[...].at[tokens].get(mode="clip").T
 
 
-def head_logits(weight: Array, hidden: Array, config: DecoderConfig) -> Array:
+def head_logits(weight: Float[Array, "V E"], hidden: Float[Array, "E R"], config: DecoderConfig) -> Float32[Array, "R V"]:
     """Head W [V, E] times hidden [E, R] -> logits float32 [R, V]."""
     logits = columns_product(weight, hidden, FLOAT32).T
     cap = config.logit_soft_cap
@@ -193,7 +198,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, config, dtype)
         self.head = None if config.tie else Embedding(config, dtype, rngs)
 
-    def hidden(self, tokens: Array, positions: Array, attend: Attend) -> Array:
+    def hidden(self, tokens: Int32[Array, " T"], positions: Int32[Array, " T"], attend: Attend) -> Float[Array, "E T"]:
         """tokens, positions int32 [T] -> the last layer's output, normalised, [E, T]."""
         x = self.embed.lookup(tokens)
         if self.config.embed_scale != 1.0:
@@ -208,7 +213,7 @@ class Decoder(nnx.Module):
         """[E, R] -> float32 [R, V]."""
         return head_logits((self.head or self.embed).weight[...], hidden, self.config)
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Int32[Array, "B T"]) -> Float32[Array, "B T V"]:
         """Whole sequences, causal, without a cache: tokens int32 [B, T] -> logits float32 [B, T, V]."""
         attend = full_attention(self.config)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)

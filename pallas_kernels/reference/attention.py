@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Float32, Int32
 
 BLOCK = 128  # keys a step of the walk
 DECODE_ROWS = 4  # decode rows walked together: their trip count is the longest one's
@@ -22,19 +23,19 @@ MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be NaN
 # A jit of its own: a step calls this once a layer, and tracing it thirty times is most of the time a warm start takes.
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def paged_attention(
-    q: Array,
-    k_pages: Array,
-    v_pages: Array,
-    page_table: Array,
-    kv_lens: Array,
-    query_start: Array,
-    counts: Array,
+    q: Float[Array, "T H D"],
+    k_pages: Float[Array, "P K G D"],
+    v_pages: Float[Array, "P K G D"],
+    page_table: Int32[Array, "R M"],
+    kv_lens: Int32[Array, " R"],
+    query_start: Int32[Array, " R+1"],
+    counts: Int32[Array, " 2"],
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
-    sinks: Array | None = None,
-) -> tuple[Array, Array]:
+    sinks: Float[Array, " H"] | None = None,
+) -> tuple[Float[Array, "T H D"], Float32[Array, "T H"]]:
     """See `pallas_kernels.ops.paged_attention`."""
     T, H, _ = q.shape
     rows, group = page_table.shape[0], min(DECODE_ROWS, page_table.shape[0])
@@ -91,11 +92,11 @@ def _put(carry: tuple[Array, Array], first: Array, out: Array, lse: Array) -> tu
 
 
 def _walk(
-    queries: Array,
-    positions: Array,
-    pages: Array,
-    k_pages: Array,
-    v_pages: Array,
+    queries: Float[Array, "N Q H D"],
+    positions: Int32[Array, "N Q"],
+    pages: Int32[Array, "N M"],
+    k_pages: Float[Array, "P K G D"],
+    v_pages: Float[Array, "P K G D"],
     scale: float,
     window: int | None,
     soft_cap: float | None,
