@@ -6,6 +6,7 @@ from jaxpaged.models.standard import HF, Name
 
 MODEL_TYPES = ("gemma3_text",)
 IGNORED = standard.IGNORED
+HEAD_DIM, FULL_THETA = 256, 1_000_000.0  # of a config that does not say, as transformers has it
 
 
 def decoder_config(hf: HF) -> DecoderConfig:
@@ -23,13 +24,14 @@ def decoder_config(hf: HF) -> DecoderConfig:
         logit_soft_cap=hf.get("final_logit_softcapping"),
         embed_scale=hf["hidden_size"] ** 0.5,
         tie=bool(hf.get("tie_word_embeddings", True)),
-        head_dim=hf.get("head_dim", 256),
+        head_dim=standard.head_dim(hf, HEAD_DIM),
     )
 
 
 def _layers(hf: HF) -> tuple[LayerSpec, ...]:
-    full = standard.rope(hf, "rope_theta", "full_attention")
-    local = standard.rope(hf, "rope_local_base_freq", "sliding_attention", scaled=False)
+    dim = standard.head_dim(hf, HEAD_DIM)
+    full = standard.rope(hf, "rope_theta", "full_attention", dim=dim, theta=FULL_THETA)
+    local = standard.rope(hf, "rope_local_base_freq", "sliding_attention", scaled=False, dim=dim)
     if hf.get("layer_types") is not None:
         hf.get("sliding_window_pattern")  # said twice; layer_types decides
         windows = standard.windows(hf, hf["sliding_window"])

@@ -12,8 +12,8 @@ def decoder_config(hf: HF) -> DecoderConfig:
     if hf.get("pretraining_tp", 1) not in (None, 1):
         raise ValueError(f"pretraining_tp={hf['pretraining_tp']} changes the products' order and is not supported.")
     turn = standard.rope(hf)
-    window = hf.get("sliding_window")  # Mistral 7B v0.1
-    layers = tuple(LayerSpec(turn, w) for w in standard.windows(hf, window))
+    unsaid = 4096 if hf["model_type"] == "mistral" else None  # as transformers has it
+    layers = tuple(LayerSpec(turn, w) for w in standard.windows(hf, hf.get("sliding_window", unsaid)))
     bias = bool(hf.get("attention_bias", False))
     return standard.decoder(hf, layers, attention_bias=bias, out_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
 

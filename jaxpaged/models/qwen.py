@@ -18,8 +18,9 @@ def decoder_config(hf: HF) -> DecoderConfig:
 
 
 def _windows(hf: HF) -> tuple[int | None, ...]:
-    """Layers from `max_window_layers` on slide, if `use_sliding_window` says so; it mostly does not."""
-    window, first = hf.get("sliding_window"), hf.get("max_window_layers", 0)
+    """Layers from `max_window_layers` on slide, if `use_sliding_window` says so; it mostly does not. Absent keys are what
+    transformers takes them for."""
+    window, first = hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
     if not hf.get("use_sliding_window", False):
         window = None
     if hf.get("layer_types") is not None:

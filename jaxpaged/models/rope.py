@@ -15,6 +15,11 @@ import numpy as np
 from jax import Array
 
 DEFAULT_THETA = 10000.0
+KEYS = frozenset({
+    "rope_type", "type", "rope_theta", "factor", "factors", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+    "finetuned",  # a remark
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,20 @@ def make_rope(dim: int, theta: float, scaling: dict[str, Any] | None = None, max
     """`dim` rotated dimensions, base `theta`, and Hugging Face's `rope_scaling` (or `rope_parameters`) dictionary.
 
     `max_positions`: the config's max_position_embeddings, YaRN's fallback for the length the model was trained with.
-    Raises ValueError for a kind that is not known.
+    Raises ValueError for a kind that is not known and for a dictionary that lacks what its kind needs.
     """
     frequencies = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     scaling = scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in _KINDS:
         raise ValueError(f"rope_scaling kind {kind!r} is not supported; supported: {', '.join(_KINDS)}.")
-    frequencies, scale = _KINDS[kind](frequencies, theta, scaling, max_positions)
+    unknown = sorted(k for k, v in scaling.items() if k not in KEYS and v is not None and v is not False)
+    if unknown:
+        raise ValueError(f"rope_scaling has keys that are not known here and may change the rotation: {', '.join(unknown)}.")
+    try:
+        frequencies, scale = _KINDS[kind](frequencies, theta, scaling, max_positions)
+    except KeyError as missing:
+        raise ValueError(f"rope_scaling {scaling} lacks the key {missing}.") from None
     return Rope(tuple(float(f) for f in frequencies), scale)
 
 

@@ -83,8 +83,8 @@ def decoder(hf: HF, layers: tuple[LayerSpec, ...], **choices: Any) -> DecoderCon
     return DecoderConfig(**{**base, **choices})
 
 
-def head_dim(hf: HF) -> int:
-    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+def head_dim(hf: HF, default: int | None = None) -> int:
+    return hf.get("head_dim", default) or hf["hidden_size"] // hf["num_attention_heads"]
 
 
 def activation(name: str) -> str:
@@ -93,15 +93,24 @@ def activation(name: str) -> str:
     return HF_ACTIVATIONS[name]
 
 
-def rope(hf: HF, theta_key: str = "rope_theta", kind: str | None = None, scaled: bool = True) -> Rope:
+def rope(
+    hf: HF,
+    theta_key: str = "rope_theta",
+    kind: str | None = None,
+    scaled: bool = True,
+    dim: int | None = None,
+    theta: float = DEFAULT_THETA,
+) -> Rope:
     """The rotation of a config: `rope_theta` and `rope_scaling`, or `rope_parameters`, their later form, which may hold
-    one dictionary for each `kind` of layer. `scaled=False`: this kind of layer ignores `rope_scaling`."""
-    theta, scaling = hf.get(theta_key), hf.get("rope_scaling")
-    parameters = hf.get("rope_parameters") or {}
-    parameters = parameters.get(kind, parameters) if kind else parameters
-    theta = parameters.get("rope_theta", theta or DEFAULT_THETA)
-    scaling = parameters or (scaling if scaled else None)
-    return make_rope(head_dim(hf), float(theta), scaling, hf["max_position_embeddings"])
+    one dictionary for each `kind` of layer; what `rope_scaling` says beside it (hf_overrides) comes first.
+    `scaled=False`: this kind of layer ignores `rope_scaling`. `dim`, `theta`: if not the usual ones."""
+    scaling, parameters = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    parameters = (parameters.get(kind, parameters) if kind else parameters) or {}
+    if scaled and scaling:
+        kind = scaling.get("rope_type") or scaling.get("type") or parameters.get("rope_type")
+        parameters = {**parameters, **scaling, "rope_type": kind}
+    theta = hf.get(theta_key) or parameters.get("rope_theta") or theta  # the older key: an override, where both are there
+    return make_rope(dim or head_dim(hf), float(theta), parameters, hf["max_position_embeddings"])
 
 
 def windows(hf: HF, window: int | None) -> tuple[int | None, ...]:
