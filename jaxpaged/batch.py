@@ -101,10 +101,14 @@ class Sampled(NamedTuple):
 
 
 def ladder(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[Bucket, ...]:
-    """The buckets: tokens 1, 2, 4, ... up to the budget; as many rows as tokens, at most max_num_seqs."""
-    sizes = [1]
+    """The buckets: 1, 4, 8, 16, 32, 64 tokens, then two for each doubling (96, 128, 192, ...) up to the budget; as many
+    rows as tokens, at most max_num_seqs. A step computes its padding too: below 8 tokens that is nothing (the weights
+    are read once anyway), above 64 it is all that counts."""
+    sizes, step = [1, 4, 8, 16, 32, 64], 64
     while sizes[-1] < max_num_batched_tokens:
-        sizes.append(min(2 * sizes[-1], max_num_batched_tokens))
+        sizes += [step * 3 // 2, step * 2]
+        step *= 2
+    sizes = [size for size in sizes if size < max_num_batched_tokens] + [max_num_batched_tokens]
     return tuple(Bucket(size, min(size, max_num_seqs)) for size in sizes)
 
 

@@ -182,7 +182,8 @@ class Embedding(nnx.Module):
 
 def head_logits(weight: Float[Array, "V E"], hidden: Float[Array, "E R"], config: DecoderConfig) -> Float32[Array, "R V"]:
     """Head W [V, E] times hidden [E, R] -> logits float32 [R, V]."""
-    logits = columns_product(weight, hidden, FLOAT32).T
+    # The barrier keeps XLA from folding the transpose into the product: on CPU that takes 65 ms for 2 rows instead of 5.
+    logits = jax.lax.optimization_barrier(columns_product(weight, hidden, FLOAT32)).T
     cap = config.logit_soft_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
