@@ -23,7 +23,7 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=48)
 def run(build: Callable[..., Any]) -> None:
     """`build(**engine)` makes the LLM; the demo asks for a small context, so that few programs are compiled."""
     began = time.perf_counter()
-    with build(max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=128) as llm:
+    with build(max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=64) as llm:
         ready = time.perf_counter() - began
         tokenizer = llm.get_tokenizer()
         prompts: list[Any] = list(COMPLETIONS)

@@ -47,7 +47,7 @@ def paged_attention(
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % _pages_a_block(k_pages))))
 
     def walk(queries: Array, positions: Array, rows: Array) -> tuple[Array, Array]:
-        return _walk(queries, positions, page_table[rows], k_pages, v_pages, scale, window, soft_cap, sinks)
+        return _walk(queries, positions, page_table.at[rows].get(mode="clip"), k_pages, v_pages, scale, window, soft_cap, sinks)
 
     out, lse = _decodes(q, kv_lens, counts, walk)
     if T == 1:  # a chunk has at least two tokens
@@ -74,7 +74,7 @@ def _decodes(q: Array, kv_lens: Array, counts: Array, walk: Walk) -> tuple[Array
     n = order.shape[0]
     carry = jnp.zeros((n, H, D), q.dtype), jnp.zeros((n, H), jnp.float32)
     out, lse = lax.fori_loop(0, (counts[0] + group - 1) // group, one_group, carry)
-    put = lambda whole, sorted_: whole.at[order].set(sorted_, mode="drop", unique_indices=True)
+    put = lambda whole, sorted_: whole.at[order].set(sorted_, mode="drop")
     return put(jnp.zeros_like(q), out), put(jnp.zeros((T, H), jnp.float32), lse)
 
 
