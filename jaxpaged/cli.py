@@ -259,12 +259,10 @@ def collect_env() -> None:
 
 
 def main() -> None:
-    """Entry point: mistakes become one line on standard error and status 2; JAXPAGED_DEBUG=1 shows the traceback."""
+    """Entry point: mistakes become one line on standard error and status 2; JAXPAGED_DEBUG=1 shows the traceback. (Ctrl-C
+    is typer's: status 130.)"""
     try:
         app(prog_name="jaxpaged")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # `jaxpaged ... | head`: the reader has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -7,9 +7,11 @@ the host may be given away at once: whoever writes it next does so after everybo
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -105,9 +107,13 @@ class ModelRunner:
             self._programs[key] = lowered.compile()
             progress(_describe(key), time.perf_counter() - start)
 
-        with ThreadPoolExecutor(threads) as pool:
-            for future in [pool.submit(compile_one, key, self._lower(key)) for key in keys]:
-                future.result()
+        with _no_collections(), ThreadPoolExecutor(threads) as pool:
+            try:
+                for future in [pool.submit(compile_one, key, self._lower(key)) for key in keys]:
+                    future.result()
+            except BaseException:  # Ctrl-C above all: what has not begun is not begun any more
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         self.num_compilations += len(keys)
 
     def allocate(self) -> None:
@@ -231,6 +237,19 @@ class ModelRunner:
 
     def _put(self, array: np.ndarray) -> Array:
         return jax.device_put(array, self.device)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Tracing makes a million objects and next to no garbage; and a Ctrl-C that arrives in JAX's callback for the garbage
+    collector is lost."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:
