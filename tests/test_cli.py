@@ -203,7 +203,9 @@ def test_chat_ends_at_the_end_of_input(llm, monkeypatch):
         raise EOFError
 
     monkeypatch.setattr("builtins.input", end)
-    talk(llm)[0].run()
+    conversation, lines = talk(llm)
+    conversation.run()
+    assert conversation.messages == [] and len(lines) == 1, "the help, and no more"
 
 
 def test_a_message_that_cannot_be_answered_is_said_and_not_kept(llm, monkeypatch):
