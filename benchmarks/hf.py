@@ -32,17 +32,15 @@ def load(model: str):
 
 
 def _remake_buffers(hf, config) -> None:
-    """Buffers that are computed, not stored (rotary frequencies, embedding scales), were lost on the meta device."""
+    """Buffers that are computed, not stored (rotary frequencies, embedding scales), were lost on the meta device. They come
+    from a small model with one layer of each kind: there is a buffer of frequencies for each kind."""
     from transformers import AutoModelForCausalLM
 
-    fresh = dict(
-        AutoModelForCausalLM.from_config(
-            config.__class__(**{**config.to_dict(), "num_hidden_layers": 1, "layer_types": None})
-        ).named_buffers()
-    )
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or [None]))
+    small = {"num_hidden_layers": len(kinds), "layer_types": None if kinds == [None] else kinds, "vocab_size": 8}
+    fresh = dict(AutoModelForCausalLM.from_config(config.__class__(**{**config.to_dict(), **small})).named_buffers())
     for name, buffer in hf.named_buffers():
-        if name in fresh:
-            buffer.copy_(fresh[name])
+        buffer.copy_(fresh[name])
 
 
 def greedy(hf, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
