@@ -48,6 +48,7 @@ bench: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.startup --json results/startup.json
 	$(BIN)/python -m benchmarks.latency --json results/latency.json
 	$(BIN)/python -m benchmarks.throughput --json results/throughput.json
+	$(BIN)/python -m benchmarks.sampler --json results/sampler.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

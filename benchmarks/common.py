@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxpaged import env
+
 SEED = 20261123
 
 
@@ -98,12 +100,8 @@ def machine() -> dict[str, str]:
         device, version = jax.devices()[0].device_kind, jax.__version__
     except ModuleNotFoundError:  # the control plane's benchmarks need none
         device, version = "none", "none"
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
     return {
-        "cpu": cpu,
+        "cpu": env.cpu(),
         "cores": str(os.cpu_count()),
         "device": device,
         "python": platform.python_version(),
