@@ -2,11 +2,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test slow lint format types check bench clean
+.PHONY: help demo test slow lint format types check bench compile-target kernel-table gpu-check clean
 help:
 	@echo "make demo    install into $(VENV), fetch a small real model, answer several prompts at once"
 	@echo "make test    the tests (make slow: those that take minutes; make check: tests, lint, types, slow tests)"
 	@echo "make bench   the benchmarks of the README, results as JSON and PNG in results/"
+	@echo "make kernel-table   compile every kernel for GPUs that are not here: registers, spills, shared memory"
+	@echo "make gpu-check      on a machine with a GPU: tests and benchmarks of the kernels (installs nothing)"
 
 # A stamp for what is installed: again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -19,6 +21,25 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.test-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,bench]'
 	@touch $@
+
+# The GPU's compilers, without a GPU and without CUDA's libraries, in a folder of their own: JAX would look for a GPU at every
+# start if they lay beside it. The same version as JAX's, whatever that is here.
+COMPILE_TARGET = $(VENV)/compile-target
+$(VENV)/.compile-target-installed: $(VENV)/.test-installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(COMPILE_TARGET) \
+	    $$($(BIN)/python -c 'import jax; print(*(f"jax-cuda13-{x}=={jax.__version__}" for x in ("plugin", "pjrt")))') \
+	    'nvidia-cuda-nvcc>=13,<14' 'nvidia-nvvm>=13,<14' 'nvidia-cuda-crt>=13,<14' 'nvidia-cuda-runtime>=13,<14'
+	@touch $@
+
+compile-target: $(VENV)/.compile-target-installed
+
+kernel-table: compile-target
+	mkdir -p results
+	$(BIN)/python -m benchmarks.compile_report --json results/compile.json --markdown results/compile.md
+
+# With whatever Python has JAX for the GPU: nothing is installed.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --out results/gpu
 
 demo: $(VENV)/.installed
 	@$(BIN)/jaxpaged demo

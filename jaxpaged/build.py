@@ -26,7 +26,7 @@ from jaxpaged.request import RequestError
 from jaxpaged.runner import ModelRunner, abstract_decoder
 from jaxpaged.scheduler import Limits
 from jaxpaged.tokenizer import Tokenizer, load_tokenizer
-from pallas_kernels.ops import backend
+from pallas_kernels.ops import Ops, backend
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def _runner(config: EngineConfig, decoder_config: DecoderConfig, leaves: dict[st
     limit = memory.device_limit(device, config.gpu_memory_utilization)
     temporaries = _expected_temporaries(decoder_config, buckets, jnp.dtype(config.dtype).itemsize)
     page_bytes = kv_cache.page_bytes(decoder_config, int(config.block_size), jnp.dtype(config.dtype))
-    ops = backend(config.kernel_backend, device)
+    ops = _kernels(config, device)
     while True:
         if auto_length:
             config = _fit(config, limit, weight_bytes, temporaries, page_bytes)
@@ -182,6 +182,18 @@ def _runner(config: EngineConfig, decoder_config: DecoderConfig, leaves: dict[st
             runner.allocate()
             return runner, memory.MemoryPlan(limit, weight_bytes, known, page_bytes, plan.num_pages), config
         temporaries = known
+
+
+def _kernels(config: EngineConfig, device: jax.Device) -> Ops:
+    try:
+        return backend(config.kernel_backend, device, debug_checks=config.debug_checks)
+    except (ValueError, NotImplementedError) as error:
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> RequestError:
+    """There is no such backend, or it cannot run this model here: for the user to change."""
+    return RequestError(f"{error}; choose another one with kernel_backend.", "kernel_backend")
 
 
 def _fit(config: EngineConfig, *account: Any) -> EngineConfig:
@@ -211,4 +223,7 @@ def _compile(runner: ModelRunner, progress: bool) -> None:
             bar.set_postfix_str(f"{what}: {seconds:.1f} s")
             bar.update()
 
-        runner.compile(compiled)
+        try:
+            runner.compile(compiled)
+        except NotImplementedError as error:
+            raise _refused(error) from error

@@ -42,7 +42,9 @@ class EngineConfig:
     enforce_eager: compile each program when it is first needed instead of all at the start.
     hf_overrides: changes to the model's config.json. generation_config: "auto" takes default sampling parameters from
       the model's generation_config.json, "vllm" takes none.
-    kernel_backend: of pallas_kernels. compilation_cache_dir: where compiled programs are kept ("auto": the user's cache
+    kernel_backend: of pallas_kernels: "auto" (for each operation the best one that can), "triton", "mosaic_gpu",
+      "reference". debug_checks: each step also checks page ids and lengths on the device: slow, for tests.
+    compilation_cache_dir: where compiled programs are kept ("auto": the user's cache
       folder; None: nowhere).
     """
 
@@ -72,6 +74,7 @@ class EngineConfig:
     max_logprobs: int = 20
     enforce_eager: bool = False
     kernel_backend: str = "auto"
+    debug_checks: bool = False
     compilation_cache_dir: str | None = "auto"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1

@@ -110,9 +110,11 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
 
 def cache_dir() -> Path:
     """Where demo models are kept: $JAXPAGED_CACHE, or this user's cache folder."""
+    if chosen := os.environ.get("JAXPAGED_CACHE"):
+        return Path(chosen)
     import platformdirs
 
-    return Path(os.environ.get("JAXPAGED_CACHE") or platformdirs.user_cache_dir("jaxpaged"))
+    return Path(platformdirs.user_cache_dir("jaxpaged"))
 
 
 def _local(path: Path) -> Path:

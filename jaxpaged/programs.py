@@ -120,7 +120,7 @@ def make_forward(graph: nnx.GraphDef, treedef: Any, config: DecoderConfig, ops: 
     return forward
 
 
-def make_sample(config: DecoderConfig, num_rows: int, variant: Variant, dims: Dims) -> Callable:
+def make_sample(config: DecoderConfig, ops: Ops, num_rows: int, variant: Variant, dims: Dims) -> Callable:
     layout = sample_layout(num_rows, variant, dims)
 
     def sample(head: Array, rows: Array, last_token: Array, packed: Array):
@@ -132,7 +132,8 @@ def make_sample(config: DecoderConfig, num_rows: int, variant: Variant, dims: Di
         if variant == Variant.GREEDY:
             tokens = sampler.greedy(logits)
         else:
-            tokens = sampler.sample(logits, Sampling(*(b[name] for name in Sampling._fields)), b["kv_lens"])
+            sampling = Sampling(*(b[name] for name in Sampling._fields))
+            tokens = sampler.sample(logits, sampling, b["kv_lens"], ops.sample)
         place = jnp.where(b["samples"], b["slots"], dims.num_slots)
         last_token = last_token.at[place].set(tokens, mode="drop")
         finite = sampler.finite(raw) & sampler.finite(logits)

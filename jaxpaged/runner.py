@@ -152,7 +152,7 @@ class ModelRunner:
                 packed = _ints(packing.size(programs.forward_layout(bucket, d)))
                 return jax.jit(f, donate_argnums=1).lower(tuple(leaves), tuple(caches), last, packed)
             case ("sample", rows, variant):
-                f = programs.make_sample(self.config, rows, variant, d)
+                f = programs.make_sample(self.config, self.ops, rows, variant, d)
                 packed = _ints(packing.size(programs.sample_layout(rows, variant, d)))
                 return jax.jit(f, donate_argnums=2).lower(head, jax.ShapeDtypeStruct((E, rows), act), last, packed)
             case ("score", rows):

@@ -1,6 +1,7 @@
 """What every test runs under: CPU, several devices, strict promotion of dtypes and ranks, shapes of annotated functions
 checked, a compilation cache."""
 
+import importlib.util
 import os
 
 import pytest
@@ -13,7 +14,8 @@ def pytest_configure() -> None:
     import jax
     from jaxtyping import install_import_hook
 
-    install_import_hook(["jaxpaged.sampler", "jaxpaged.models.decoder", "pallas_kernels.reference"], "beartype.beartype")
+    if importlib.util.find_spec("beartype"):  # a machine with a GPU may have been given no more than JAX
+        install_import_hook(["jaxpaged.sampler", "jaxpaged.models.decoder", "pallas_kernels.reference"], "beartype.beartype")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxpaged/tests"))

@@ -14,7 +14,7 @@ Rows = tuple[tuple[int, int], ...]
 
 
 class Shape(NamedTuple):
-    """One call of paged attention. `sinks`: whether there are any."""
+    """One call of paged attention. sinks, alibi: whether there are any. kv_dtype: the cache's, if not the queries'."""
 
     name: str
     H: int
@@ -25,7 +25,9 @@ class Shape(NamedTuple):
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
+    alibi: bool = False
     dtype: str = "float32"
+    kv_dtype: str | None = None
     test: bool = False
 
     @property
@@ -89,6 +91,7 @@ def _mixed(K: int) -> Rows:
 
 
 LONG = (1, 1), (300, 1), (129, 1), (128, 128), (190, 65)  # more than a block of keys or a tile of queries of any backend
+SPLITS = (512, 1), (511, 1), (513, 1), (1300, 1), (1, 1), (600, 3)  # around the places where long decodes are cut
 
 TINY = (
     Shape("decodes", 4, 2, 16, 4, _edges(4)),
@@ -107,7 +110,14 @@ TINY = (
     Shape("long window", 2, 1, 16, 16, LONG, window=131),
     Shape("soft cap", 4, 2, 16, 8, _mixed(8), soft_cap=2.0),
     Shape("sinks", 4, 2, 16, 8, _mixed(8), sinks=True),
-    Shape("all at once", 4, 2, 16, 8, LONG, window=40, soft_cap=3.0, sinks=True),
+    Shape("alibi", 6, 2, 16, 8, _mixed(8), alibi=True),
+    Shape("all at once", 4, 2, 16, 8, LONG, window=40, soft_cap=3.0, sinks=True, alibi=True),
+    Shape("splits", 4, 2, 16, 16, SPLITS, sinks=True),
+    Shape("splits and a window", 3, 1, 16, 64, SPLITS, window=700, alibi=True),
+    Shape("int8 cache", 4, 2, 16, 8, _mixed(8), kv_dtype="int8"),
+    Shape("int8 cache, all at once", 6, 2, 24, 5, LONG, window=40, soft_cap=3.0, sinks=True, alibi=True, kv_dtype="int8"),
+    Shape("float8 cache", 4, 2, 16, 8, _mixed(8), kv_dtype="float8_e4m3fn"),
+    Shape("float8 cache of bfloat16 queries", 4, 1, 64, 64, SPLITS, dtype="bfloat16", kv_dtype="float8_e4m3fn"),
     Shape("bfloat16", 4, 2, 32, 8, (*_mixed(8), (300, 40)), dtype="bfloat16"),
     Shape("float16", 4, 2, 32, 8, (*_mixed(8), (300, 40)), window=50, sinks=True, dtype="float16"),
     Shape("heads of SmolLM2-135M", 9, 3, 64, 16, _mixed(16)),

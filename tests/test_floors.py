@@ -30,11 +30,19 @@ HOUSE = """
     batch                                                     | models models.standard
     scheduler                                                 | models.decoder
     publish waiting                                           | models.rope
-    state tokenizer                                           | pallas_kernels
-    pages checkpoint gguf_tokenizer                           | pallas_kernels.reference
-    chat_template config gguf_file prompts                    | pallas_kernels.reference.attention
-    detokenizer gguf_config hf_config hub                     | pallas_kernels.reference.cache
-    request versioned                                         | pallas_kernels.ops
+    state tokenizer                                           | kernels
+    pages checkpoint gguf_tokenizer                           | kernels.mosaic_gpu kernels.triton
+    chat_template config gguf_file prompts                    | kernels.reference kernels.mosaic_gpu.attention
+                                                              | kernels.triton.attention
+                                                              | kernels.triton.decode kernels.triton.prefill
+                                                              | kernels.triton.cache kernels.triton.matmul
+    detokenizer gguf_config hf_config hub                     | kernels.triton.tile kernels.triton.sampling
+    request versioned                                         | kernels.mosaic_gpu.decode kernels.mosaic_gpu.prefill
+                                                              | kernels.triton.blocks kernels.mosaic_gpu.tuning
+                                                              | kernels.reference.attention kernels.reference.cache
+                                                              | kernels.reference.matmul kernels.reference.sampling
+                                                              | kernels.ops
+                                                              | kernels.checks
 """
 # These are how users come in. They start the device plane, but only from inside a function (or for type checkers).
 DOORS = {"jaxpaged", "jaxpaged.cli", "jaxpaged.env"}
@@ -47,6 +55,7 @@ class Import(NamedTuple):
 
 
 def full_name(name: str) -> str:
+    name = f"pallas_{name}" if name.split(".")[0] == "kernels" else name
     return name if name.split(".")[0] in PACKAGES else f"jaxpaged.{name}"
 
 

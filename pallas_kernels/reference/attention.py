@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Num
 
 BLOCK = 128  # keys a step of the walk
 DECODE_ROWS = 4  # decode rows walked together: their trip count is the longest one's
@@ -30,8 +30,8 @@ Walk = Callable[[Array, Array, Array], tuple[Array, Array]]
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def paged_attention(
     q: Float[Array, "T H D"],
-    k_pages: Float[Array, "P K G D"],
-    v_pages: Float[Array, "P K G D"],
+    k_pages: Num[Array, "P K G D"],
+    v_pages: Num[Array, "P K G D"],
     page_table: Int32[Array, "R M"],
     kv_lens: Int32[Array, " R"],
     query_start: Int32[Array, " R+1"],
@@ -41,13 +41,19 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
+    alibi: Float[Array, " H"] | None = None,
+    k_scales: Float32[Array, "P K G"] | None = None,
+    v_scales: Float32[Array, "P K G"] | None = None,
 ) -> tuple[Float[Array, "T H D"], Float32[Array, "T H"]]:
     """See `pallas_kernels.ops.paged_attention`."""
     T = q.shape[0]
-    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % _pages_a_block(k_pages))))
+    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % _pages_a_block(k_pages.shape[1]))))
+    keys, values = _reader(k_pages, k_scales), _reader(v_pages, v_scales)
+    page_size = k_pages.shape[1]
 
     def walk(queries: Array, positions: Array, rows: Array) -> tuple[Array, Array]:
-        return _walk(queries, positions, page_table.at[rows].get(mode="clip"), k_pages, v_pages, scale, window, soft_cap, sinks)
+        pages = page_table.at[rows].get(mode="clip")
+        return _walk(queries, positions, pages, keys, values, page_size, scale, window, soft_cap, sinks, alibi)
 
     out, lse = _decodes(q, kv_lens, counts, walk)
     if T == 1:  # a chunk has at least two tokens
@@ -103,8 +109,17 @@ def _chunks(q: Array, kv_lens: Array, query_start: Array, counts: Array, walk: W
     return out[:T], lse[:T]
 
 
-def _pages_a_block(k_pages: Array) -> int:
-    return max(1, BLOCK // k_pages.shape[1])
+def _pages_a_block(page_size: int) -> int:
+    return max(1, BLOCK // page_size)
+
+
+def _reader(pages: Array, scales: Array | None) -> Callable[[Array], Array]:
+    """Places [N, n] in the cache, taken as [P * K, G, D] -> the float32 numbers there, [N, n, G, D]."""
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    read = lambda x, places: flat(x).at[places].get(mode="promise_in_bounds").astype(jnp.float32)
+    if scales is None:
+        return lambda places: read(pages, places)
+    return lambda places: read(pages, places) * read(scales, places)[..., None]
 
 
 def _put(carry: tuple[Array, Array], first: Array, out: Array, lse: Array) -> tuple[Array, Array]:
@@ -117,38 +132,43 @@ def _walk(
     queries: Float[Array, "N Q H D"],
     positions: Int32[Array, "N Q"],
     pages: Int32[Array, "N M"],
-    k_pages: Float[Array, "P K G D"],
-    v_pages: Float[Array, "P K G D"],
+    keys: Callable[[Array], Array],
+    values: Callable[[Array], Array],
+    K: int,
     scale: float,
     window: int | None,
     soft_cap: float | None,
     sinks: Array | None,
+    alibi: Array | None,
 ) -> tuple[Array, Array]:
     """Attention of N rows with Q queries each. queries [N, Q, H, D], positions [N, Q] (-1: an unused row), pages
-    [N, M]. Returns out [N, Q, H, D] and lse [N, Q, H]."""
+    [N, M] of K tokens. Returns out [N, Q, H, D] and lse [N, Q, H]."""
     N, Q, H, D = queries.shape
-    K, G = k_pages.shape[1:3]
-    per_block = _pages_a_block(k_pages)
+    G = jax.eval_shape(keys, pages).shape[-2]
+    per_block = _pages_a_block(K)
     size = per_block * K
+    per_head = lambda x: jnp.tile(x.astype(jnp.float32).reshape(1, G, 1, H // G), (1, 1, Q, 1)).reshape(1, G, -1)
     # The queries of one kv head together: [N, G, Q * H/G, D], so that each block is one matrix product a head.
     x = queries.reshape(N, Q, G, H // G, D).transpose(0, 2, 1, 3, 4).reshape(N, G, -1, D).astype(jnp.float32) * scale
     last = jnp.repeat(positions, H // G, axis=1)[:, None]  # [N, 1, Q * H/G]
     first_block = 0 if window is None else jnp.maximum(jnp.min(positions) - window + 1, 0) // size
     num_blocks = jnp.max(positions) // size + 1
     longest = jnp.max(positions, axis=1)[:, None]
+    oldest = jnp.min(positions, axis=1)[:, None] - (longest if window is None else window - 1)
 
     def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         m, l, acc = carry
         ids = lax.dynamic_slice_in_dim(pages, i * per_block, per_block, 1)
         at_tokens = (ids[:, :, None] * K + jnp.arange(K)[None, None]).reshape(N, size)  # by token, not by page: a tenth faster
-        k = k_pages.reshape(-1, G, D).at[at_tokens].get(mode="promise_in_bounds").astype(jnp.float32)  # [N, size, G, D]
-        v = v_pages.reshape(-1, G, D).at[at_tokens].get(mode="promise_in_bounds").astype(jnp.float32)
+        k, v = keys(at_tokens), values(at_tokens)  # [N, size, G, D]
         at = i * size + jnp.arange(size)
         # What no query of a row sees may be anything, also NaN that a failed request has left: 0 * NaN is NaN.
-        v = jnp.where((at[None] <= longest)[..., None, None], v, 0.0)
+        v = jnp.where(((at[None] >= oldest) & (at[None] <= longest))[..., None, None], v, 0.0)
         s = jnp.einsum("ngqd,ntgd->ngqt", x, k)
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
+        if alibi is not None:
+            s += per_head(alibi)[..., None] * (at[None, None, None] - last[..., None]).astype(jnp.float32)
         seen = at[None, None, None] <= last[..., None]
         if window is not None:
             seen &= at[None, None, None] > last[..., None] - window
@@ -163,7 +183,7 @@ def _walk(
     start = jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((*rows, D))
     m, l, acc = lax.fori_loop(first_block, num_blocks, block, start)
     if sinks is not None:
-        sink = jnp.tile(sinks.astype(jnp.float32).reshape(1, G, 1, H // G), (1, 1, Q, 1)).reshape(1, G, -1)
+        sink = per_head(sinks)
         m_new = jnp.maximum(m, sink)
         shrink = jnp.exp(m - m_new)
         m, l, acc = m_new, l * shrink + jnp.exp(sink - m_new), acc * shrink[..., None]
