@@ -93,7 +93,8 @@ def attention_options(shape: Shape) -> dict[str, Any]:
 
 def attention_specs(shape: Shape, kv_dtype: str | None = None, pad_to: int = 0) -> Arguments:
     """ShapeDtypeStructs of a call's arrays. kv_dtype: of the cache (None: the shape's); pad_to: tokens and rows of the
-    batch, where more than the shape's buckets. Named ones: k_scales, v_scales, sinks, where there are any."""
+    batch, where more than the shape's buckets. Named ones: k_scales, v_scales, sinks, alibi, where there are any."""
+    kv_dtype = kv_dtype or shape.kv_dtype
     T, R = max(shape.num_tokens, pad_to), max(shape.num_rows, pad_to)
     int32 = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
     kv = jax.ShapeDtypeStruct((shape.num_pages, shape.page_size, shape.G, shape.D), jnp.dtype(kv_dtype or shape.dtype))
@@ -102,6 +103,8 @@ def attention_specs(shape: Shape, kv_dtype: str | None = None, pad_to: int = 0) 
         named["k_scales"] = named["v_scales"] = jax.ShapeDtypeStruct(kv.shape[:3], jnp.float32)
     if shape.sinks:
         named["sinks"] = jax.ShapeDtypeStruct((shape.H,), jnp.dtype(shape.dtype))
+    if shape.alibi:
+        named["alibi"] = jax.ShapeDtypeStruct((shape.H,), jnp.float32)
     q = jax.ShapeDtypeStruct((T, shape.H, shape.D), jnp.dtype(shape.dtype))
     return (q, kv, kv, int32(R, shape.pages_a_row), int32(R), int32(R + 1), int32(2)), named
 
@@ -117,6 +120,8 @@ def attention_arguments(shape: Shape, rng: np.random.Generator, kv_dtype: str | 
         cached, (named["k_scales"], named["v_scales"]) = [x for x, _ in quantized], [scales for _, scales in quantized]
     if shape.sinks:
         named["sinks"] = _normal(keys[3], (shape.H,), q.dtype)
+    if shape.alibi:
+        named["alibi"] = jnp.float32(2) ** -jnp.arange(1, shape.H + 1, dtype=jnp.float32)
     meta = jax.device_put(_padded(metadata(shape, rng), max(shape.num_rows, pad_to)))
     return (_normal(keys[2], q.shape, q.dtype), *cached, *meta), named
 
@@ -144,6 +149,7 @@ def attention_work(shape: Shape, kv_dtype: str | None = None) -> Work:
         pages += -(-kv_len // shape.page_size) - first // shape.page_size
         ends = np.arange(kv_len - n + 1, kv_len + 1)  # keys up to each query
         pairs += int(np.minimum(ends, shape.window or kv_len).sum())
+    kv_dtype = kv_dtype or shape.kv_dtype
     scale = 4 if kv_dtype in ("int8", "float8_e4m3fn") else 0
     a_token = 2 * shape.G * (shape.D * jnp.dtype(kv_dtype or shape.dtype).itemsize + scale)
     queries = sum(n for _, n in shape.rows)
@@ -152,7 +158,7 @@ def attention_work(shape: Shape, kv_dtype: str | None = None) -> Work:
 
 
 def attention(name: str, shape: Shape, kv: str = "", pad_to: int = 0, **fields: Any) -> Case:
-    kv_dtype = DTYPES[kv] if kv else None
+    kv_dtype = DTYPES[kv] if kv else shape.kv_dtype
     used, options = sum(n for _, n in shape.rows), attention_options(shape)
 
     def oracle(arguments: Arguments) -> dict[str, Array]:

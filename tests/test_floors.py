@@ -38,7 +38,8 @@ HOUSE = """
                                                               | kernels.triton.cache kernels.triton.matmul
     detokenizer gguf_config hf_config hub                     | kernels.triton.tile kernels.triton.sampling
     request versioned                                         | kernels.mosaic_gpu.decode kernels.mosaic_gpu.prefill
-                                                              | kernels.triton.blocks kernels.mosaic_gpu.tuning
+                                                              | kernels.mosaic_gpu.tuning kernels.mosaic_gpu.interpret
+                                                              | kernels.triton.blocks
                                                               | kernels.reference.attention kernels.reference.cache
                                                               | kernels.reference.matmul kernels.reference.sampling
                                                               | kernels.ops

@@ -324,6 +324,15 @@ def test_write_kv_quantises_each_token_and_head(backend, kv_dtype, dtype):
         assert (np.abs(numbers[~kept].astype(np.float32)).max(-1)[largest[..., 0] > 0] == QUANTIZED[kv_dtype]).all()
 
 
+@each_backend
+def test_write_kv_rounds_ties_to_the_even_number(backend):
+    new = np.array([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5], np.float32).reshape(1, 1, 8)  # a scale of 1
+    pages, scales, zero = np.zeros((2, 4, 1, 8), np.int8), np.zeros((2, 4, 1), np.float32), np.zeros(1, np.int32)
+    write = jax.jit(functools.partial(pallas_kernels.write_kv, implementation=operations(backend)))
+    found, *_ = write(pages, pages, new, new, zero, zero, k_scales=scales, v_scales=scales)
+    assert np.asarray(found)[0, 0, 0].tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------------
 
 INT8 = dict.fromkeys(("k_pages", "v_pages"), np.zeros((10, 4, 2, 8), np.int8))

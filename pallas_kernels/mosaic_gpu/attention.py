@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.mosaic_gpu.decode import decode
+from pallas_kernels.mosaic_gpu.interpret import interpreter
 from pallas_kernels.mosaic_gpu.prefill import prefill
 from pallas_kernels.mosaic_gpu.tuning import configuration
 
 
+# A jit of its own: a step calls this once a layer, and traces it once.
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "device_kind", "interpret"))
 def paged_attention(
     q: Array,
     k_pages: Array,
@@ -41,6 +46,7 @@ def paged_attention(
     decoded = decode(q[:n], k_pages, v_pages, page_table[:n], kv_lens[:n], counts[0], config=config.decode, **options)
     if T == 1:  # a chunk has at least two queries
         return decoded
+    options["interpret"] = interpreter() if interpret else False
     chunks = prefill(q, k_pages, v_pages, page_table, kv_lens, query_start, counts, config=config.prefill, **options)
     is_decode = jnp.arange(n) < counts[0]
     choose = lambda x, y: y.at[:n].set(jnp.where(is_decode.reshape(n, *[1] * (x.ndim - 1)), x, y[:n]))

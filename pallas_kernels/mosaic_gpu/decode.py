@@ -28,6 +28,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.mosaic_gpu.interpret import interpreter
 from pallas_kernels.mosaic_gpu.tuning import OUT_COLUMNS, DecodeConfig, check_shared_memory, decode_shared_memory
 from pallas_kernels.mosaic_gpu.tuning import M as ROWS
 
@@ -440,12 +441,3 @@ def _merge_kernel(
         grid=(R, G, vectors // block), grid_names=("row", "head", "block"), num_threads=1, thread_name="warpgroup",
         compiler_params=_PARAMS, interpret=interpreter() if interpret else False, kernel_name="paged_decode_merge",
     )  # fmt: skip
-
-
-def interpreter(**options: Any) -> Any:
-    """Parameters of JAX's interpreter of Mosaic GPU kernels, public since 0.11."""
-    if hasattr(plgpu, "InterpretGPUParams"):
-        return plgpu.InterpretGPUParams(**options)  # pyright: ignore[reportAttributeAccessIssue]
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams(**options)

@@ -24,6 +24,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic_gpu.decode import interpreter
 from pallas_kernels.mosaic_gpu.tuning import SHARED_MEMORY, PrefillConfig
 
 # Finite, so that MASKED - MASKED is not NaN, and a power of two, so that it is 0 also if a multiply-add computes it.
@@ -306,7 +307,8 @@ def _call(p: _Problem, plan: _Plan, config: PrefillConfig, interpret: Any):
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True, reduction_scratch_bytes=0),
-        interpret=interpret,
+        interpret=interpreter() if interpret is True else interpret,
+        kernel_name="paged_prefill",
     )
 
     def call(*arguments):
@@ -485,14 +487,15 @@ def _compute(p: _Problem, b: _Buffers, w: Any, my_tiles: Any, out: Any, lse: Any
                 cap = p.soft_cap * LOG2E
                 r = lax.rsqrt(1.0 + jnp.exp2(s * jnp.float32(2 * LOG2E / cap)))
                 s = jnp.float32(cap) - jnp.float32(2 * cap) * (r * r)
-            if slope is not None or causal or windowed:
-                key, here = lax.broadcasted_iota(jnp.int32, shape, 1), position - first_key
-                if slope is not None:
-                    s = s + across(slope, shape) * (key - across(here, shape)).astype(jnp.float32)
-                if causal:
-                    s = jnp.where(key <= across(here, shape), s, MASKED)
-                if windowed:
-                    s = jnp.where(key > across(here - p.window, shape), s, MASKED)
+            if p.alibi or causal or windowed:
+                key, here = lax.broadcasted_iota(jnp.int32, shape, 1), across(position - first_key, shape)
+                if p.alibi:  # read each time: registers are scarcer
+                    slope = b.per_row[int(p.sinks), pl.ds(w * rows, rows)]
+                    s = s + across(slope, shape) * (key - here).astype(jnp.float32)
+                if windowed:  # keys after the query wrap around
+                    s = jnp.where((here - key).astype(jnp.uint32) < jnp.uint32(p.window), s, MASKED)
+                elif causal:
+                    s = jnp.where(key <= here, s, MASKED)
             new_m = jnp.maximum(m, s.max(axis=1) * to_base_2)
             shrink = jnp.exp2(m - new_m)
             e = jnp.exp2(s * to_base_2 - across(new_m, shape))
@@ -501,7 +504,6 @@ def _compute(p: _Problem, b: _Buffers, w: Any, my_tiles: Any, out: Any, lse: Any
         # The last block: nothing to multiply with values yet.
         slot = slot_of(0)
         plgpu.barrier_wait(b.q_full)
-        slope = b.per_row[int(p.sinks), pl.ds(w * rows, rows)] if p.alibi else None
         plgpu.barrier_wait(b.k_full.at[slot])
         take_turn()
         if interpret:

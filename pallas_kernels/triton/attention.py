@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,6 +15,8 @@ from pallas_kernels.triton.prefill import prefill
 from pallas_kernels.triton.tile import Cache, Static
 
 
+# A jit of its own: a step calls this once a layer, and traces it once.
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "capability", "interpret"))
 def paged_attention(
     q: Array,
     k_pages: Array,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,6 +15,7 @@ from pallas_kernels.triton.blocks import HOPPER, Capability
 from pallas_kernels.triton.tile import both, load
 
 
+@partial(jax.jit, static_argnames=("capability", "interpret"))  # as attention: traced once a step
 def write_kv(
     k_pages: Array,
     v_pages: Array,
