@@ -165,9 +165,9 @@ def paged_attention(
       scale, window, soft_cap: static. sinks, alibi: [H] or None.
       k_scales, v_scales: float32 [P, K, G]: a quantised key or value is `pages[p, i, g] * scales[p, i, g]`.
       implementation: a backend's name, "auto", or what `backend` gave.
-    Returns: out [T, H, D] in q's dtype and lse float32 [T, H]. Tokens of no row hold finite values of no meaning. Keys and
-    values that no query sees (of other pages, past kv_lens, before the window of a row's first query) may be anything, also
-    NaN, and change nothing. What a row gets does not depend on the other rows, bit by bit, as long as the shapes of the
+    Returns: out [T, H, D] in q's dtype and lse float32 [T, H]. Tokens of no row hold finite values of no meaning. Places past
+    kv_lens, pages that no row has, and a row's pages that lie wholly before the window of its first query may hold anything,
+    also NaN, and change nothing. What a row gets does not depend on the other rows, bit by bit, as long as the shapes of the
     arrays are the same.
     Source: Kwon et al. 2023 (PagedAttention); online softmax of Milakov & Gimelshein 2018; sinks as in gpt-oss; Press et
     al. 2022 (ALiBi).

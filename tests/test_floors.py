@@ -38,6 +38,7 @@ HOUSE = """
                                                               | kernels.triton.cache kernels.triton.matmul
     detokenizer gguf_config hf_config hub                     | kernels.triton.tile kernels.triton.sampling
     request versioned                                         | kernels.mosaic_gpu.decode kernels.mosaic_gpu.prefill
+                                                              | kernels.mosaic_gpu.prefill_kernel
                                                               | kernels.mosaic_gpu.tuning kernels.mosaic_gpu.interpret
                                                               | kernels.triton.blocks
                                                               | kernels.reference.attention kernels.reference.cache

@@ -23,6 +23,8 @@ def test_equals_the_dense_oracle(shape):
     assert_right(Case(shape), "mosaic_gpu")
 
 
-def test_what_no_row_owns_changes_nothing():
-    case = Case(SHAPES[0], 1)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=lambda shape: shape.name)
+def test_what_no_query_sees_changes_nothing(shape):
+    """Pages of nobody, past a sequence's end, before a window."""
+    case = Case(shape, 1)
     assert_same_rows(case, case.run("mosaic_gpu"), case.run("mosaic_gpu", np.nan))

@@ -65,7 +65,7 @@ class Case:
         return n.astype(np.float32) * scales[..., None]
 
     def cache(self, sequences: list[np.ndarray], garbage: float = 0.0) -> Cache:
-        """The rows' tokens where the page table says, but those that no query sees; `garbage` everywhere else."""
+        """The rows' tokens where the page table says, but for pages that no query sees; `garbage` everywhere else."""
         s = self.shape
         dtype = jnp.dtype(s.kv_dtype or s.dtype)
         junk = garbage if dtype != jnp.int8 else np.nan_to_num(garbage, posinf=127).clip(-127, 127)
@@ -74,7 +74,8 @@ class Case:
         for row, sequence in enumerate(sequences):
             new, new_scales = quantize(sequence, s.kv_dtype) if s.kv_dtype else (sequence, None)
             kv_len, n = self.rows[row]
-            at = np.arange(0 if s.window is None else max(0, kv_len - n - s.window + 1), kv_len)  # no query sees what is before
+            first = 0 if s.window is None else max(0, kv_len - n - s.window + 1)  # that a query sees
+            at = np.arange(first // s.page_size * s.page_size, kv_len)
             new, new_scales = new[at], new_scales if new_scales is None else new_scales[at]
             places = self.meta.page_table[row, at // s.page_size], at % s.page_size
             pages[places] = new
