@@ -44,11 +44,11 @@ def paged_attention(
     sinks, alibi = float32(sinks), float32(alibi)
     cache = Cache(k_pages, v_pages, k_scales, v_scales, page_table)
     static = Static(ratio, D, page_size, scale, window, soft_cap)
-    sizes = capability or HOPPER, static.padded_dim, q.dtype.itemsize
+    sizes = static.padded_dim, q.dtype.itemsize
     splits = plan(page_table.shape[1] * page_size, window, kv_lens, counts[0])
     out, lse = decode(q, cache, kv_lens, splits, sinks, alibi, static=static, blocks=decode_blocks(*sizes), interpret=interpret)
     return prefill(q, cache, kv_lens, query_start, counts, sinks, alibi, out, lse, static=static,
-                   blocks=_fitted(prefill_blocks(*sizes), T, ratio), interpret=interpret)  # fmt: skip
+                   blocks=_fitted(prefill_blocks(*sizes, capability or HOPPER), T, ratio), interpret=interpret)  # fmt: skip
 
 
 def _fitted(blocks: Blocks, T: int, ratio: int) -> Blocks:

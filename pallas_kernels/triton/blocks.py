@@ -21,16 +21,13 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def decode_blocks(capability: Capability, D: int, itemsize: int) -> Blocks:
+def decode_blocks(D: int, itemsize: int) -> Blocks:
     """D: head dim, padded. itemsize: of the queries: bytes of what is multiplied."""
-    if D > 128 or itemsize == 4:
-        return Blocks(16, 32, 4, 3)
-    return Blocks(16, 64, 4, 3)
+    return Blocks(16, 32 if D > 128 or itemsize == 4 else 64, 4, 3)
 
 
-def prefill_blocks(capability: Capability, D: int, itemsize: int) -> Blocks:
+def prefill_blocks(D: int, itemsize: int, capability: Capability) -> Blocks:
     """The same for chunks. Hopper multiplies 64 rows at once (wgmma), with the sums in registers of 128 threads."""
-    narrow = D > 128 or itemsize == 4
-    if capability >= HOPPER:
-        return Blocks(64 if itemsize == 4 else 128, 32 if narrow else 64, 8, 2)
-    return Blocks(64, 32, 8, 2) if narrow else Blocks(64, 64, 8, 3)
+    if D > 128 or itemsize == 4:
+        return Blocks(64, 32, 8, 2)
+    return Blocks(128, 64, 8, 2) if capability >= HOPPER else Blocks(64, 64, 8, 3)
