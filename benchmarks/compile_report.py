@@ -105,21 +105,20 @@ def _write(kv: str) -> tuple[Any, ...]:
 
 
 def helper_cases() -> Iterator[Case]:
-    """Sampling for Llama's and Gemma's vocabulary, the experts of Qwen3-30B-A3B, quantised weights of Llama-3-8B."""
-    samples = [(R, V) for V in (128256, 262144) for R in (1, 64, 256)]
-    experts = [("up", T, 2048, 1536) for T in (64, 512, 16384)] + [("down", T, 768, 2048) for T in (64, 512, 16384)]
-    weights = [(bits, F, T) for bits in (8, 4) for F in (4096, 14336) for T in (1, 16, 64, 2048)]
+    """Sampling, experts, quantised weights."""
+    from benchmarks.kernel_cases import EXPERTS, SAMPLES, WEIGHTS
+
     for gpu in target.ARCHITECTURES:
-        for R, V in samples:
+        hopper = gpu == "h200"
+        for R, V in SAMPLES:
             yield Case(f"sample, {R} rows of {V}", "triton", gpu, partial(_sample, R, V))
-        for name, T, E, F in experts:
-            wgmma = ("grouped_matmul",) if gpu == "h200" and T >= 16384 else ()
-            yield Case(f"grouped_matmul, {name}, {T} rows", "triton", gpu, partial(_grouped, T, E, F), wgmma)
-        for bits, F, T in weights:
-            wgmma = ("quantized_matmul",) if gpu == "h200" and T >= 64 else ()
-            yield Case(
-                f"quantized_matmul, int{bits}, {F} outputs, {T} rows", "triton", gpu, partial(_quantized, bits, F, T), wgmma
-            )
+        for name, T, E, F, X in EXPERTS:
+            wgmma = ("grouped_matmul",) if hopper and T >= 16384 else ()
+            yield Case(f"grouped_matmul, {name}, {T} rows", "triton", gpu, partial(_grouped, T, E, F, X), wgmma)
+        for w in WEIGHTS:
+            wgmma = ("quantized_matmul",) if hopper and w.T >= 64 else ()
+            name = f"quantized_matmul, int{w.bits}, {w.F} outputs, {w.T} rows"
+            yield Case(name, "triton", gpu, partial(_quantized, *w), wgmma)
 
 
 def _sample(R: int, V: int) -> tuple[Any, ...]:
@@ -131,7 +130,7 @@ def _sample(R: int, V: int) -> tuple[Any, ...]:
     return lambda ops: ops.sample, specs, ()
 
 
-def _grouped(T: int, E: int, F: int, X: int = 128) -> tuple[Any, ...]:
+def _grouped(T: int, E: int, F: int, X: int) -> tuple[Any, ...]:
     import jax
     import jax.numpy as jnp
 
@@ -139,13 +138,13 @@ def _grouped(T: int, E: int, F: int, X: int = 128) -> tuple[Any, ...]:
     return lambda ops: ops.grouped_matmul, (S((T, E), bf16), S((X, F, E), bf16), S((X,), jnp.int32)), ()
 
 
-def _quantized(bits: int, F: int, T: int, E: int = 4096) -> tuple[Any, ...]:
+def _quantized(bits: int, T: int, E: int, F: int, size: int) -> tuple[Any, ...]:
     import jax
     import jax.numpy as jnp
 
     S = jax.ShapeDtypeStruct
     w = S((F, E), jnp.int8) if bits == 8 else S((F, E // 2), jnp.uint8)
-    scales = S((F, 1 if bits == 8 else E // 128), jnp.bfloat16)
+    scales = S((F, E // size), jnp.bfloat16)
     return lambda ops: lambda *arguments: ops.quantized_matmul(*arguments, None), (S((T, E), jnp.bfloat16), w, scales), ()
 
 

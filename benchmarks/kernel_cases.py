@@ -22,7 +22,7 @@ from pallas_kernels import reference
 from pallas_kernels.reference import cache, matmul
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from shapes import SHAPES, Metadata, Shape, metadata
+from shapes import EXPERTS, SAMPLES, SHAPES, WEIGHTS, Metadata, Shape, metadata
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of an operation: in order, and by name
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "fp8": "float8_e4m3fn", "int8": "int8"}
@@ -315,15 +315,16 @@ def issue_cases() -> list[Case]:
 
 def helper_cases() -> list[Case]:
     """Operations around attention, in the sizes of Llama-3-8B and, for experts, of Qwen3-30B-A3B."""
+    R, V = SAMPLES[1]
     return [
-        sampling("sample 64 x 128256", 64, 128256),
-        sampling("sample 64 x 128256, top-k 50, top-p 0.95", 64, 128256, 50, 0.95),
-        sampling("sample 64 x 128256, top-p 0.95", 64, 128256, 0, 0.95),
-        grouped("experts, 64 tokens x 8", 64 * 8, 2048, 1536, 128),
-        grouped("experts, 2048 tokens x 8", 2048 * 8, 2048, 1536, 128),
-        *(quantized(f"int{bits} weights, {T} tokens", T, 4096, 14336, bits) for bits in (8, 4) for T in (64, 2048)),
+        sampling(f"sample {R} x {V}", R, V),
+        sampling(f"sample {R} x {V}, top-k 50, top-p 0.95", R, V, 50, 0.95),
+        sampling(f"sample {R} x {V}, top-p 0.95", R, V, 0, 0.95),
+        *(grouped(f"experts, {x.T // 8} tokens x 8", *x[1:]) for x in EXPERTS if x.name == "up" and x.T > 64),
+        *(quantized(f"int{w.bits} weights, {w.T} tokens", w.T, w.E, w.F, w.bits, w.size)
+          for w in WEIGHTS if w.F == 14336 and w.T >= 64),
         *(writing(f"write {T} tokens, {kv} cache", T, 8, 128, kv, 2048) for kv in ("bf16", "fp8") for T in (64, 2048)),
-    ]
+    ]  # fmt: skip
 
 
 def model_cases() -> list[Case]:

@@ -1,4 +1,5 @@
-"""The one list of attention shapes: kernel tests take those with `test=True`, the kernel benchmark those of real models.
+"""The one list of shapes: kernel tests take those with `test=True`, the kernel benchmark and the compile report those of
+real models.
 
 Dims are those of `pallas_kernels.ops`: T tokens and R rows of the step, M pages a row, P pages, K page size, H query
 heads, G key/value heads, D head dim. A row is (kv_len, num_queries); rows with one query come first.
@@ -143,4 +144,43 @@ SHAPES = (
     *_real("Gemma-3-27B local", 32, 16, 128, window=1024),
     *_real("SmolLM2-135M", 9, 3, 64),
     *_real("Gemma-3-270M local", 4, 1, 256, window=512),
+)
+
+
+# -- operations beside attention, in the sizes of real models ----------------------------------------------------------------
+
+
+class Logits(NamedTuple):
+    """A call of `sample`: R rows of V words."""
+
+    R: int
+    V: int
+
+
+class Experts(NamedTuple):
+    """A call of `grouped_matmul`: T rows (tokens x experts a token) of E inputs, X experts with F outputs."""
+
+    name: str
+    T: int
+    E: int
+    F: int
+    X: int
+
+
+class Weights(NamedTuple):
+    """A call of `quantized_matmul`: T tokens, E inputs, F outputs, `size` inputs a scale."""
+
+    bits: int
+    T: int
+    E: int
+    F: int
+    size: int
+
+
+SAMPLES = tuple(Logits(R, V) for V in (128256, 262144) for R in (1, 64, 256))  # Llama 3, Gemma 3
+EXPERTS = tuple(  # of Qwen3-30B-A3B: 8 of 128, gate and up, down
+    Experts(name, 8 * tokens, E, F, 128) for name, E, F in (("up", 2048, 1536), ("down", 768, 2048)) for tokens in (8, 64, 2048)
+)
+WEIGHTS = tuple(  # of Llama-3-8B: a scale a row for 8 bits, one for 128 inputs for 4
+    Weights(bits, T, 4096, F, size) for bits, size in ((8, 4096), (4, 128)) for F in (4096, 14336) for T in (1, 16, 64, 2048)
 )
