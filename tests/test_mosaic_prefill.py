@@ -135,11 +135,11 @@ def test_a_row_does_not_depend_on_the_others():
 
 @pytest.mark.slow
 def test_no_races_and_no_reads_out_of_bounds(capsys):
-    """The sequences end with the table, in the middle of a block."""
-    batch = Batch([(100, 40), (33, 1)], H=4, G=1)
+    """More blocks than stages, more tiles than CTAs; the longest sequence ends with the table, in the middle of a block."""
+    batch = Batch([(290, 35), (33, 1)], H=4, G=1)
     batch.table = batch.table[:, :-1]
     strict = interpreter(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-    options = dict(window=70, sinks=heads(4)["sinks"])
+    options = dict(sinks=heads(4)["sinks"], window=200)
     out, lse = batch.run(dataclasses.replace(SMALL, num_ctas=1), strict, **options)
     assert_right(batch, out, lse, **options)
     assert "RACE" not in capsys.readouterr().out  # that is how the interpreter says it

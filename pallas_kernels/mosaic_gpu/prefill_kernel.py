@@ -112,11 +112,9 @@ def run(p: Problem, config: PrefillConfig, inputs: Inputs, interpret: Any) -> tu
     """Outputs and log-sum-exps of the tiles' rows, by the tiles' numbers: [N * 128, G, D] and float32 [G, N * 128]. What is
     not a query's row, and what is of no tile in use, may hold anything."""
     num_tiles, rows = inputs.work.shape[0], config.block_q
-    # At head dim 256 the accumulators leave no registers for a persistent kernel, and none for queries to be fetched early.
-    is_persistent = p.D <= 192
-    ctas = min(config.num_ctas, num_tiles * p.G) if is_persistent else num_tiles * p.G
+    ctas = num_tiles * p.G if _is_large(p) else min(config.num_ctas, num_tiles * p.G)
     # A compute and the memory warpgroup's; 65,536 in all. The latter has the places of a block's pages in registers.
-    registers = ((232, 40) if p.block // p.piece <= 4 else (224, 56)) if is_persistent else (240, 24)
+    registers = (240, 24) if _is_large(p) else (232, 40) if p.block // p.piece <= 4 else (224, 56)
     tiled = (plgpu.TilingTransform((GRANULE, 64)), plgpu.SwizzleTransform(128))
     has_room = 2 * (2 * WARPGROUPS * rows + 2 * p.stages * p.block) * p.D + OVERHEAD <= SHARED_MEMORY
     buffers = _Buffers(
@@ -158,16 +156,15 @@ def run(p: Problem, config: PrefillConfig, inputs: Inputs, interpret: Any) -> tu
     kernel = plgpu.kernel(
         body,
         out_type=(jax.ShapeDtypeStruct((rows_out, p.G, p.D), p.dtype), jax.ShapeDtypeStruct((p.G, rows_out), jnp.float32)),
-        scratch_types=scratch,
-        grid=(ctas,),
-        grid_names=("cta",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=_PARAMS,
-        interpret=interpreter() if interpret is True else interpret,
-        kernel_name="paged_prefill",
-    )
+        scratch_types=scratch, grid=(ctas,), grid_names=("cta",), num_threads=WARPGROUPS + 1, thread_name="warpgroup",
+        compiler_params=_PARAMS, interpret=interpreter() if interpret is True else interpret, kernel_name="paged_prefill",
+    )  # fmt: skip
     return kernel(*jax.tree.leaves(inputs))
+
+
+def _is_large(p: Problem) -> bool:
+    """At head dim 256 accumulators leave no registers for what a persistent kernel keeps: a CTA has one item of work."""
+    return p.D > 192
 
 
 def _my_tiles(p: Problem, ctas: int, given: Inputs, visit: Any) -> tuple[Any, Any]:
@@ -337,7 +334,9 @@ def _compute(p: Problem, b: _Buffers, w: Any, my_tiles: Any, out: Any, lse: Any,
                 r = lax.rsqrt(1.0 + jnp.exp2(s * jnp.float32(2 * LOG2E / cap)))
                 s = jnp.float32(cap) - jnp.float32(2 * cap) * (r * r)
             if p.alibi or causal or windowed:
-                key, here = lax.broadcasted_iota(jnp.int32, shape, 1), across(position - first_key, shape)
+                # Two ways to write it: of each, the registers that the compiler runs out of are the other's. Found by trying.
+                origin = first_key if _is_large(p) else jnp.int32(0)
+                key, here = lax.broadcasted_iota(jnp.int32, shape, 1) + origin, across(position - (first_key - origin), shape)
                 if p.alibi:  # read each time: registers are scarcer
                     slope = b.per_row[int(p.sinks), pl.ds(w * rows, rows)]
                     s = s + across(slope, shape) * (key - here).astype(jnp.float32)
