@@ -46,14 +46,13 @@ def run(llm: jaxpaged.LLM, load: tuple[int, int, int], vocab_size: int, seed: in
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = LLAMA_3_8B | (TINY if options.tiny else {})
-    loads = (
-        {name: tuple(min(n, limit) for n, limit in zip(load, (4, 64, 8))) for name, load in LOADS.items()}
-        if options.tiny
-        else LOADS
-    )
+    limits = (4, 64, 8) if options.tiny else (64, 4096, 128)
+    loads = {name: tuple(map(min, load, limits)) for name, load in LOADS.items()}
     start = time.perf_counter()
-    llm = jaxpaged.LLM(config, load_format="dummy", skip_tokenizer_init=True, max_num_seqs=64, max_num_batched_tokens=2048,
-                       max_model_len=8192 if not options.tiny else 256, kernel_backend=options.kernel_backend)  # fmt: skip
+    # Programs are compiled in the run that warms up, those that the loads need and no others.
+    llm = jaxpaged.LLM(config, load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=limits[0],
+                       max_num_batched_tokens=min(2048, 2 * limits[1]), max_model_len=2 * limits[1],
+                       kernel_backend=options.kernel_backend)  # fmt: skip
     result: dict[str, Any] = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__, "kernel_backend": options.kernel_backend,
         "start_seconds": time.perf_counter() - start, "weight_bytes": llm.memory_plan.weights, "loads": {},

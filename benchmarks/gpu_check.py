@@ -141,7 +141,8 @@ class Run:
         if not (ROOT / ENGINE).exists():
             return Outcome("engine", "absent", 0, f"there is no {ENGINE}")
         module = ENGINE.removesuffix(".py").replace("/", ".")
-        return self.command("engine", [sys.executable, "-m", module, "--json", str(self.folder / "engine.json")], 120)
+        options = ["--json", str(self.folder / "engine.json"), *(["--tiny", "--runs", "1"] if self.interpret else [])]
+        return self.command("engine", [sys.executable, "-m", module, *options], 240)
 
     def _interpreted(self) -> list[str]:
         return ["--interpret"] if self.interpret else []
