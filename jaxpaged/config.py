@@ -44,8 +44,7 @@ class EngineConfig:
       the model's generation_config.json, "vllm" takes none.
     kernel_backend: of pallas_kernels: "auto" (for each operation the best one that can), "triton", "mosaic_gpu",
       "reference". debug_checks: each step also checks page ids and lengths on the device: slow, for tests.
-    compilation_cache_dir: where compiled programs are kept ("auto": the user's cache
-      folder; None: nowhere).
+    compilation_cache_dir: where compiled programs are kept ("auto": the user's cache folder; None: nowhere).
     """
 
     model: str = "demo"
