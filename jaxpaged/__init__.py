@@ -12,7 +12,10 @@ _HOMES = {
     "EngineConfig": "jaxpaged.config",
     "BeamSearchParams": "jaxpaged.request",
     "CompletionOutput": "jaxpaged.request",
+    "EmbeddingOutput": "jaxpaged.request",
+    "EmbeddingRequestOutput": "jaxpaged.request",
     "Logprob": "jaxpaged.request",
+    "PoolingParams": "jaxpaged.request",
     "RequestError": "jaxpaged.request",
     "RequestOutput": "jaxpaged.request",
     "RequestOutputKind": "jaxpaged.request",
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
     from jaxpaged.prompts import TokensPrompt as TokensPrompt
     from jaxpaged.request import BeamSearchParams as BeamSearchParams
     from jaxpaged.request import CompletionOutput as CompletionOutput
+    from jaxpaged.request import EmbeddingOutput as EmbeddingOutput
+    from jaxpaged.request import EmbeddingRequestOutput as EmbeddingRequestOutput
     from jaxpaged.request import Logprob as Logprob
+    from jaxpaged.request import PoolingParams as PoolingParams
     from jaxpaged.request import RequestError as RequestError
     from jaxpaged.request import RequestOutput as RequestOutput
     from jaxpaged.request import RequestOutputKind as RequestOutputKind

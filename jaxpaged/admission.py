@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
-from jaxpaged.request import Request, RequestError, SamplingParams
+from jaxpaged.request import PoolingParams, Request, RequestError, SamplingParams
 from jaxpaged.scheduler import Limits
 from jaxpaged.tokenizer import Tokenizer
 
@@ -45,6 +45,31 @@ def make_request(
         prompt_text=prompt_text if text is None else text,
         bad_words_ids=bad_words,
     )
+
+
+def make_pooling_request(
+    request_id: str,
+    prompt: str | Sequence[int],
+    pooling: PoolingParams,
+    limits: Limits,
+    tokenizer: Tokenizer | None,
+    embed_dim: int,
+    priority: int = 0,
+    cache_salt: str = "",
+    prompt_text: str | None = None,
+) -> Request:
+    """Tokenises a text prompt, checks ids and lengths: the prompt may have all max_model_len tokens."""
+    text, tokens = _tokens(prompt, tokenizer)
+    _check_ids(tokens, limits.vocab_size, "prompt")
+    if len(tokens) > limits.max_model_len:
+        raise RequestError(f"the prompt has {len(tokens):,} tokens and max_model_len is {limits.max_model_len:,}; shorten the "
+                           "prompt or raise max_model_len.", "prompt")  # fmt: skip
+    if pooling.dimensions is not None and pooling.dimensions > embed_dim:
+        raise RequestError(f"dimensions={pooling.dimensions} is more than the {embed_dim} numbers of this model's vectors; ask "
+                           "for fewer, or leave it out for all.", "dimensions")  # fmt: skip
+    nothing = SamplingParams(temperature=0, detokenize=False, skip_reading_prefix_cache=pooling.skip_reading_prefix_cache)
+    return Request(request_id, tokens, nothing, priority, cache_salt=cache_salt, max_total_tokens=len(tokens),
+                   prompt_text=prompt_text if text is None else text, pooling=pooling)  # fmt: skip
 
 
 def _tokens(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> tuple[str | None, tuple[int, ...]]:

@@ -79,6 +79,7 @@ class Batch(NamedTuple):
     num_logprobs: int  # most alternatives that a row wants; -1: no row wants logprobs
     prompt_logprobs: bool
     targets: np.ndarray  # int32 [T]: the prompt's next token, 0 where there is none
+    pools: bool  # some row's hidden states are asked for
 
 
 class TokenLogprobs(NamedTuple):
@@ -91,13 +92,15 @@ class TokenLogprobs(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What a step gives back: tokens int32 [R], finite bool [R] (False: the row's logits had NaN), logprobs of the
-    sampled tokens [R] and of the prompt's [T], where asked for."""
+    """What a step gives back: tokens int32 [R], finite bool [R] (False: the row's logits had NaN), and where asked for:
+    logprobs of the sampled tokens [R] and of the prompt's [T], and float32 [2, R, E]: the sum of each row's hidden states
+    and the last of them."""
 
     tokens: np.ndarray
     finite: np.ndarray
     logprobs: TokenLogprobs | None
     prompt_logprobs: TokenLogprobs | None
+    pooled: np.ndarray | None = None
 
 
 def ladder(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[Bucket, ...]:
@@ -145,6 +148,7 @@ def build(state: State, plan: Plan, bucket: Bucket) -> Batch:
         num_logprobs=int(wishes["num_logprobs"].max()),
         prompt_logprobs=wants_prompt,
         targets=_targets(state, slot, positions, T) if wants_prompt else np.zeros(T, np.int32),
+        pools=bool(state.seats.pooling[plan.slots].any()),
     )
 
 

@@ -30,6 +30,10 @@ from pallas_kernels.ops import Ops, backend
 
 log = logging.getLogger(__name__)
 
+SAMPLING_KEYS = {key: key for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} | {
+    "max_new_tokens": "max_tokens"
+}  # of generation_config.json -> of SamplingParams
+
 
 @dataclass(frozen=True)
 class Built:
@@ -43,6 +47,15 @@ class Built:
     generation_config: dict[str, Any]
     plan: memory.MemoryPlan
     seconds: dict[str, float]
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """What the model's generation_config.json says about sampling (unless generation_config="vllm"), by SamplingParams'
+        names."""
+        if self.config.generation_config == "vllm":
+            return {}
+        given = {SAMPLING_KEYS[key]: value for key, value in self.generation_config.items() if key in SAMPLING_KEYS}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class Stages:

@@ -13,8 +13,12 @@ from typing import Annotated, Any
 import typer
 
 import jaxpaged
+from jaxpaged import cli_clients, cli_serve
+from jaxpaged.cli_clients import ApiKey, ModelName, Url
 from jaxpaged.flags import engine_flags
-from jaxpaged.request import RequestError, RequestOutput, SamplingParams
+from jaxpaged.request import RequestError, RequestOutput
+from jaxpaged.sampling_flags import SAMPLING as SAMPLING
+from jaxpaged.sampling_flags import MinP, Seed, Stop, Temperature, TopK, TopP, given_params, sampling
 
 log = logging.getLogger("jaxpaged")
 app = typer.Typer(name="jaxpaged", help="vLLM re-thought for JAX.", no_args_is_help=True, add_completion=False,
@@ -22,19 +26,6 @@ app = typer.Typer(name="jaxpaged", help="vLLM re-thought for JAX.", no_args_is_h
 bench_app = typer.Typer(help="Measure latency, throughput or start-up time.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-SAMPLING = "Sampling"
-
-
-def _sampling(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=SAMPLING)
-
-
-Temperature = Annotated[float | None, _sampling("0 is greedy. (default: the model's own, else 1)")]
-TopP = Annotated[float | None, _sampling("Keep the most probable tokens of this mass.")]
-TopK = Annotated[int | None, _sampling("Keep so many tokens; 0: all.")]
-MinP = Annotated[float | None, _sampling("Least probability, relative to the most probable token.")]
-Seed = Annotated[int | None, typer.Option("--sampling-seed", help="Makes sampling repeatable.", rich_help_panel=SAMPLING)]
-Stop = Annotated[list[str] | None, _sampling("Text that ends the output; may be given several times.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log.")]
 OutputJson = Annotated[Path | None, typer.Option(help="Write the results to this file as JSON.")]
 
@@ -59,13 +50,6 @@ def _build(engine: dict[str, Any], quiet: bool) -> Any:
     return jaxpaged.LLM(use_tqdm=not quiet, **engine)
 
 
-def _given(**flags: Any) -> dict[str, Any]:
-    """The sampling flags that were given, checked before the model is loaded."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    SamplingParams(**given)
-    return given
-
-
 @app.command()
 @engine_flags
 def generate(
@@ -73,26 +57,26 @@ def generate(
     file: Annotated[Path | None, typer.Option("--file", "-f", help="A text file with a prompt in each line.")] = None,
     chat: Annotated[bool, typer.Option(help="Each prompt is a user's message: use the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, a line each.")] = False,
-    max_tokens: Annotated[int, _sampling("Most tokens to generate.")] = 128,
-    min_tokens: Annotated[int | None, _sampling("Least tokens to generate.")] = None,
-    n: Annotated[int | None, _sampling("Samples a prompt.")] = None,
+    max_tokens: Annotated[int, sampling("Most tokens to generate.")] = 128,
+    min_tokens: Annotated[int | None, sampling("Least tokens to generate.")] = None,
+    n: Annotated[int | None, sampling("Samples a prompt.")] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
     min_p: MinP = None,
     sampling_seed: Seed = None,
-    presence_penalty: Annotated[float | None, _sampling("For tokens of the output so far, -2..2.")] = None,
-    frequency_penalty: Annotated[float | None, _sampling("For each occurrence in the output, -2..2.")] = None,
-    repetition_penalty: Annotated[float | None, _sampling("> 1 discourages tokens of prompt and output.")] = None,
+    presence_penalty: Annotated[float | None, sampling("For tokens of the output so far, -2..2.")] = None,
+    frequency_penalty: Annotated[float | None, sampling("For each occurrence in the output, -2..2.")] = None,
+    repetition_penalty: Annotated[float | None, sampling("> 1 discourages tokens of prompt and output.")] = None,
     stop: Stop = None,
-    ignore_eos: Annotated[bool | None, _sampling("Go on after the end-of-sequence token.")] = None,
-    logprobs: Annotated[int | None, _sampling("Logprobs of so many alternatives (with --json).")] = None,
+    ignore_eos: Annotated[bool | None, sampling("Go on after the end-of-sequence token.")] = None,
+    logprobs: Annotated[int | None, sampling("Logprobs of so many alternatives (with --json).")] = None,
     quiet: Quiet = False,
     **engine: Any,
 ) -> None:
     """Complete prompts, all at once."""
     texts = _prompts(prompts or [], file)
-    given = _given(
+    given = given_params(
         max_tokens=max_tokens, min_tokens=min_tokens, n=n, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         seed=sampling_seed, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
         repetition_penalty=repetition_penalty, stop=stop or None, ignore_eos=ignore_eos, logprobs=logprobs,
@@ -158,8 +142,11 @@ def _as_json(prompt: str, output: RequestOutput) -> str:
 @engine_flags
 def chat(
     system: Annotated[str | None, typer.Option("--system-prompt", help="A first message with the role system.")] = None,
-    message: Annotated[str | None, typer.Option("--message", help="Answer this one message and end.")] = None,
-    max_tokens: Annotated[int | None, _sampling("Most tokens an answer. (default: as many as fit)")] = None,
+    message: Annotated[str | None, typer.Option("--message", "--quick", "-q", help="Answer this one message and end.")] = None,
+    url: Url = None,
+    model_name: ModelName = None,
+    api_key: ApiKey = None,
+    max_tokens: Annotated[int | None, sampling("Most tokens an answer. (default: as many as fit)")] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -167,20 +154,23 @@ def chat(
     sampling_seed: Seed = None,
     stop: Stop = None,
     stats: Annotated[bool, typer.Option(help="Show tokens and speed below each answer.")] = True,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no log.")] = False,
     **engine: Any,
 ) -> None:
     """Talk with a model in the terminal; answers stream as they are generated."""
     from jaxpaged import chat as repl
+    from jaxpaged import remote
 
-    given = _given(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=sampling_seed, stop=stop or None)
-    with _build(engine, quiet) as llm:
-        params = llm.get_default_sampling_params().clone(max_tokens=max_tokens, **given)
-        conversation = repl.Conversation(llm, params, system, stats)
-        if message is not None:
-            conversation.answer(message)
-        else:
-            conversation.run()
+    given = given_params(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=sampling_seed, stop=stop or None)
+    if url is not None:
+        more = {} if max_tokens is None else {"max_tokens": max_tokens}
+        cli_clients.refuse_engine_flags(engine)
+        with remote.Server(url, model_name, api_key) as server:
+            repl.talk(remote.RemoteConversation(server, {**given, **more}, system, stats), message)
+    else:
+        with _build(engine, quiet) as llm:
+            params = llm.get_default_sampling_params().clone(max_tokens=max_tokens, **given)
+            repl.talk(repl.Conversation(llm, params, system, stats), message)
 
 
 @app.command()
@@ -256,6 +246,12 @@ def collect_env() -> None:
     from jaxpaged import env
 
     print(env.report())
+
+
+app.command(cls=cli_serve.ManyValues)(cli_serve.serve)
+bench_app.command()(cli_clients.serve)
+app.command()(cli_clients.complete)
+app.command("run-batch")(cli_clients.run_batch)
 
 
 def main() -> None:

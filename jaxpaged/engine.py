@@ -15,18 +15,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from jaxpaged import admission, batch, scheduler
 from jaxpaged.batch import Batch, Bucket, Sampled
 from jaxpaged.outputs import Group, Track
-from jaxpaged.request import FinishReason, Request, RequestError, RequestOutput, SamplingParams
+from jaxpaged.request import EngineOutput, FinishReason, PoolingParams, Request, RequestError, SamplingParams
 from jaxpaged.scheduler import Limits, Plan
 from jaxpaged.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+NOT_SAMPLED = ("the model's logits are not numbers (NaN or infinite: its weights or activations overflow), or "
+               "allowed_token_ids and bad_words left nothing to sample.")  # fmt: skip
+NOT_POOLED = "the embedding is not made of numbers (NaN or infinite: the model's weights or activations overflow)."
+
 
 class Runner(Protocol):
     """The device, as the engine sees it."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Numbers of a hidden state: E."""
+        ...
 
     def dispatch(self, batch: Batch) -> Any:
         """Enqueues one step and returns a handle at once."""
@@ -94,6 +105,7 @@ class Engine:
         self._tracks: dict[str, tuple[Group, Track]] = {}  # by the id of the single-sample request
         self._reserved: set[str] = set()  # ids submitted and not finished
         self._num_submitted = 0
+        self._num_queued = -limits.max_num_seqs  # below 0: free slots; when the last step ended
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -101,20 +113,25 @@ class Engine:
         self,
         request_id: str,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         priority: int = 0,
         cache_salt: str = "",
         prompt_text: str | None = None,
     ) -> None:
-        """Checks a request and puts it into the inbox. RequestError, and nothing is kept, if it can never be served."""
+        """Checks a request and puts it into the inbox: to be completed, or with PoolingParams to be embedded. RequestError,
+        and nothing is kept, if it can never be served."""
         if request_id in self._reserved:
             raise RequestError(f"request id {request_id!r} is in use; ids must be unique among live requests.", "id")
-        request = admission.make_request(
-            request_id, prompt, params, self.limits, self.tokenizer, self.eos_ids, self.max_logprobs,
-            priority=priority, cache_salt=cache_salt, prompt_text=prompt_text,
-        )  # fmt: skip
+        more = {"priority": priority, "cache_salt": cache_salt, "prompt_text": prompt_text}
+        if isinstance(params, PoolingParams):
+            request = admission.make_pooling_request(request_id, prompt, params, self.limits, self.tokenizer,
+                                                     self.runner.embed_dim, **more)  # fmt: skip
+        else:
+            request = admission.make_request(request_id, prompt, params, self.limits, self.tokenizer, self.eos_ids,
+                                             self.max_logprobs, **more)  # fmt: skip
         self._num_submitted += 1
-        request = replace(request, arrival=self._num_submitted, params=self._with_seed(params, self._num_submitted))
+        sampling = self._with_seed(request.params, self._num_submitted)
+        request = replace(request, arrival=self._num_submitted, params=sampling)
         scheduler.check_fits(self.limits, request)
         self._reserved.add(request_id)
         self._inbox.append(("add", (request, time.monotonic())))
@@ -132,6 +149,11 @@ class Engine:
         return scheduler.stats(self.state)
 
     @property
+    def num_queued(self) -> int:
+        """Requests beyond those that have a slot to run in. May be read from any thread."""
+        return max(0, self._num_queued + len(self._inbox))
+
+    @property
     def has_work(self) -> bool:
         return bool(self._inbox or self._groups or self._in_flight)
 
@@ -143,7 +165,7 @@ class Engine:
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[EngineOutput]:
         """Takes events, dispatches at most one batch, and reads the oldest one that has run. Returns what is new."""
         start = time.perf_counter()
         outputs = self._take_events()
@@ -157,10 +179,11 @@ class Engine:
         else:
             if sampled is not None:
                 outputs += self._commit(self._in_flight.popleft(), sampled)
+        self._num_queued = len(self.state.waiting) + len(self.state.slot_of) - self.limits.max_num_seqs
         self.counters.host_time += time.perf_counter() - start
         return outputs
 
-    def _take_events(self) -> list[RequestOutput]:
+    def _take_events(self) -> list[EngineOutput]:
         outputs = []
         while self._inbox:
             kind, value = self._inbox.popleft()
@@ -182,7 +205,7 @@ class Engine:
             self.state = scheduler.add(self.state, child)
             self._tracks[child.id] = group, track
 
-    def _abort(self, request_id: str) -> list[RequestOutput]:
+    def _abort(self, request_id: str) -> list[EngineOutput]:
         group = self._groups.get(request_id)
         if group is None:
             return []
@@ -227,29 +250,43 @@ class Engine:
         for request_id in plan.preempted:
             self._tracks[request_id][0].num_preemptions += 1
 
-    def _commit(self, step: InFlight, sampled: Sampled) -> list[RequestOutput]:
-        self.state, committed = scheduler.commit(self.state, step.plan, sampled.tokens, sampled.finite)
+    def _commit(self, step: InFlight, sampled: Sampled) -> list[EngineOutput]:
+        finite = sampled.finite if sampled.pooled is None else self._pool(step, sampled.pooled, sampled.finite)
+        self.state, committed = scheduler.commit(self.state, step.plan, sampled.tokens, finite)
         if sampled.prompt_logprobs is not None:
             self._score_prompts(step, sampled)
-        touched = {}
+        touched, now = {}, time.monotonic()
         for request_id, slot, generation, token, finish, row in committed.items():
             group, track = self._tracks[request_id]
             touched[group.request.id] = group
-            if self._push(group, track, token, finish, sampled, row):
+            if self._push(group, track, token, finish, sampled, row, now):
                 self.state = scheduler.finish(self.state, slot, generation)
         return self._report(touched.values())
 
-    def _push(self, group: Group, track: Track, token: int, finish: FinishReason | None, sampled: Sampled, row: int):
-        """One token for one track; True if a stop string ended it."""
+    def _push(self, group: Group, track: Track, token: int, finish: FinishReason | None, sampled: Sampled, row: int,
+              now: float) -> bool:  # fmt: skip
+        """One token for one track, or the end of one that is pooled; True if a stop string ended it."""
         group.changed.add(track.index)
+        pooled = group.request.pooling is not None
         if finish is FinishReason.ERROR:
-            group.error = ("the model's logits are not numbers (NaN or infinite: its weights or activations overflow), or "
-                           "allowed_token_ids and bad_words left nothing to sample.")  # fmt: skip
-            track.end(finish)
+            group.error = NOT_POOLED if pooled else NOT_SAMPLED
+        if finish is FinishReason.ERROR or pooled:
+            track.end(finish or FinishReason.STOP)
             return False
         self.counters.generated_tokens += 1
-        group.note_token(time.monotonic())
+        group.note_token(now)
         return track.push(token, finish, sampled.logprobs, row)
+
+    def _pool(self, step: InFlight, pooled: np.ndarray, finite: np.ndarray) -> np.ndarray:
+        """Hands each request to pool what the step has computed of it. Returns `finite`, for their rows that of the
+        vectors."""
+        finite = finite.copy()
+        for row, request in enumerate(step.plan.requests):
+            entry = self._tracks.get(request.id)
+            if request.pooling is not None and entry is not None:
+                vector = entry[0].pool(int(step.plan.start[row]), pooled[0, row], pooled[1, row])
+                finite[row] = np.isfinite(vector).all()
+        return finite
 
     def _score_prompts(self, step: InFlight, sampled: Sampled) -> None:
         assert sampled.prompt_logprobs is not None
@@ -261,7 +298,7 @@ class Engine:
             count = int(step.plan.num_tokens[row])
             entry[0].score_prompt(int(step.plan.start[row]), count, sampled.prompt_logprobs, at, self.tokenizer)
 
-    def _report(self, groups: Any) -> list[RequestOutput]:
+    def _report(self, groups: Any) -> list[EngineOutput]:
         outputs = []
         for group in groups:
             output = group.output()
@@ -281,7 +318,7 @@ class Engine:
 
     # -- failing -----------------------------------------------------------------------------------------------------
 
-    def _fail(self, error: Exception) -> list[RequestOutput]:
+    def _fail(self, error: Exception) -> list[EngineOutput]:
         """Ends the requests of every step in flight; the others go on."""
         log.exception("a step failed; its requests end with an error")
         self.counters.failed_steps += 1

@@ -9,7 +9,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,8 @@ from jaxpaged.config import DTYPES, LOAD_FORMATS, POLICIES, EngineConfig
 from jaxpaged.request import RequestError, refuse_unknown
 
 MODEL, MEMORY, SCHEDULING, COMPILING = "Model", "Memory", "Scheduling", "Compilation and device"
+
+JSON_FIELDS = ("hf_overrides", "default_chat_template_kwargs", "override_generation_config")  # objects, given as JSON
 
 HELP: dict[str, tuple[str, str]] = {
     "model": (MODEL, '"demo", "demo-gemma3", a Hugging Face id, a folder, or a .gguf file.'),
@@ -58,27 +60,39 @@ HELP: dict[str, tuple[str, str]] = {
 
 def engine_flags(command: Callable) -> Callable:
     """Gives a command that takes `**engine` one flag for each field of EngineConfig; those given arrive in `engine`."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    names = [f.name for f in fields(EngineConfig)]
-
-    @functools.wraps(command)
-    def wrapper(**kwargs: Any) -> Any:
-        engine = {name: kwargs.pop(name) for name in names}
-        kwargs.pop("config", None)
-        return command(**kwargs, **{name: _value(name, v) for name, v in engine.items() if v is not None})
-
-    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_CONFIG)
-    flags = [_flag(f.name, f.default) for f in fields(EngineConfig)]
-    wrapper.__signature__ = signature.replace(parameters=[*own, config, *flags])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in (*own, config, *flags)}
-    return wrapper
+    return config_flags(HELP, EngineConfig)(command)
 
 
-def _flag(name: str, default: Any) -> inspect.Parameter:
-    panel, text = HELP[name]
-    kind = type(default) if isinstance(default, (bool, float)) or (type(default) is int) else str
-    shown = "none" if default is None else str(default)
+def config_flags(described: dict[str, tuple[str, str]], *kinds: Any) -> Callable[[Callable], Callable]:
+    """Gives a command that takes `**values` one flag for each field of the dataclasses `kinds`; those given arrive there by
+    name. described: field -> (group, text). A flag that the command declares itself is not made."""
+
+    def decorate(command: Callable) -> Callable:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        taken = {p.name for p in own}
+        flags = [_flag(f, described[f.name]) for kind in kinds for f in fields(kind) if f.name not in taken]
+
+        @functools.wraps(command)
+        def wrapper(**kwargs: Any) -> Any:
+            values = {flag.name: kwargs.pop(flag.name) for flag in flags}
+            kwargs.pop("config", None)
+            return command(**kwargs, **{name: _value(name, v) for name, v in values.items() if v is not None})
+
+        config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_CONFIG)
+        wrapper.__signature__ = signature.replace(parameters=[*own, config, *flags])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (*own, config, *flags)}
+        return wrapper
+
+    return decorate
+
+
+def _flag(field: Any, described: tuple[str, str]) -> inspect.Parameter:
+    name, (panel, text) = field.name, described
+    default = field.default if field.default is not MISSING else None
+    many = isinstance(default, tuple)
+    kind = type(default) if isinstance(default, (bool, float)) or (type(default) is int) else list[str] if many else str
+    shown = "none" if default in (None, (), "") else " ".join(default) if isinstance(default, tuple) else str(default)
     declared = "--" + name.replace("_", "-")
     names = [f"{declared}/--no-{declared[2:]}"] if kind is bool else [declared, *(["-m"] if name == "model" else [])]
     if name == "block_size":
@@ -90,11 +104,12 @@ def _flag(name: str, default: Any) -> inspect.Parameter:
 
 def _value(name: str, given: Any) -> Any:
     """Text from the command line or the file as EngineConfig takes it."""
-    if name == "hf_overrides":
+    if name in JSON_FIELDS:
         try:
             return json.loads(given) if isinstance(given, str) else given
         except ValueError as error:
-            raise RequestError(f"--hf-overrides must be a JSON object, got {given!r} ({error}).", name) from None
+            flag = "--" + name.replace("_", "-")
+            raise RequestError(f"{flag} must be a JSON object, got {given!r} ({error}).", name) from None
     if isinstance(given, str) and given.lower() == "none":
         return None
     if isinstance(given, str) and given.lstrip("-").isdigit():
@@ -119,8 +134,9 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         refuse_unknown(f"{path}: this command", values, [str(p.name) for p in context.command.params if p.name != "config"])
     except RequestError as error:
         raise typer.BadParameter(str(error)) from None
-    if isinstance(values.get("hf_overrides"), dict):
-        values["hf_overrides"] = json.dumps(values["hf_overrides"])
+    values = {
+        key: json.dumps(value) if key in JSON_FIELDS and isinstance(value, dict) else value for key, value in values.items()
+    }
     context.default_map = {**(context.default_map or {}), **values}
     return path
 

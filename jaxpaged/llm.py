@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,16 @@ from jaxpaged.build import build_engine
 from jaxpaged.config import EngineConfig, without_nothing_asked
 from jaxpaged.engine import Engine
 from jaxpaged.prompts import ParsedPrompt, parse_prompts
-from jaxpaged.request import BeamSearchParams, RequestError, RequestOutput, RequestOutputKind, SamplingParams
+from jaxpaged.request import (
+    BeamSearchParams,
+    EmbeddingRequestOutput,
+    EngineOutput,
+    PoolingParams,
+    RequestError,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 from jaxpaged.tokenizer import Tokenizer
 
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -67,14 +76,29 @@ class LLM:
         the prompts. RequestError if any of them cannot be served: then none is run. A request that fails while it runs
         ends with finish_reason "error" and `.error` says why; the others go on.
         """
-        if lora_request is not None:
-            raise RequestError("lora_request is not supported by this version.", "lora_request")
+        _refuse_lora(lora_request)
         parsed = parse_prompts(prompts)
-        params = self._params_for(len(parsed), sampling_params)
-        order = [0] * len(parsed) if priority is None else list(priority)
-        if len(order) != len(parsed):
-            raise RequestError(f"{len(parsed)} prompts but {len(order)} priorities; give one a prompt.", "priority")
-        return self._run(parsed, params, order, use_tqdm)
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        each = _one_each("sampling_params", SamplingParams, params, len(parsed))
+        each = [p.clone(output_kind=RequestOutputKind.FINAL_ONLY) for p in each]
+        return self._run(parsed, each, _priorities(priority, len(parsed)), use_tqdm)
+
+    def embed(
+        self,
+        prompts: Any,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+        lora_request: None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector a prompt: `output.outputs.embedding`. Prompts and errors are those of `generate`; a prompt may have all
+        max_model_len tokens. pooling_params: one for all, or one a prompt; None: the last token's hidden state, length 1."""
+        _refuse_lora(lora_request)
+        parsed = parse_prompts(prompts)
+        params = PoolingParams() if pooling_params is None else pooling_params
+        each = _one_each("pooling_params", PoolingParams, params, len(parsed))
+        return self._run(parsed, each, _priorities(priority, len(parsed)), use_tqdm)
 
     def chat(
         self,
@@ -126,18 +150,9 @@ class LLM:
             output.sequences = [replace(s, text=text) for s, text in zip(output.sequences, texts)]
         return output
 
-    def _params_for(self, count: int, params: Any) -> list[SamplingParams]:
-        params = self.get_default_sampling_params() if params is None else params
-        each = [params] * count if isinstance(params, SamplingParams) else list(params)
-        if len(each) != count:
-            raise RequestError(f"{count} prompts but {len(each)} sampling_params; give one, or one a prompt.")
-        return [p.clone(output_kind=RequestOutputKind.FINAL_ONLY) for p in each]
-
-    def _run(
-        self, prompts: list[ParsedPrompt], params: list[SamplingParams], priority: list[int], use_tqdm: bool
-    ) -> list[RequestOutput]:
+    def _run(self, prompts: list[ParsedPrompt], params: Sequence[Any], priority: Sequence[int], use_tqdm: bool) -> list[Any]:
         ids = [str(next(self._ids)) for _ in prompts]
-        outputs: dict[str, RequestOutput] = {}
+        outputs: dict[str, EngineOutput] = {}
         bar = tqdm(total=len(ids), desc="Processed prompts", disable=not use_tqdm)
         start, tokens = time.perf_counter(), 0
         try:
@@ -146,7 +161,7 @@ class LLM:
             while self.engine.has_work:
                 for output in self.engine.step():
                     outputs[output.request_id] = output
-                    tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                    tokens += _num_tokens(output)
                     bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.1f} tokens/s", refresh=False)
                     bar.update()
         except BaseException:  # also Ctrl-C: nothing of this call may stay behind
@@ -229,3 +244,33 @@ class LLM:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _refuse_lora(lora_request: Any) -> None:
+    if lora_request is not None:
+        raise RequestError("lora_request is not supported by this version.", "lora_request")
+
+
+def _one_each(name: str, kind: type, given: Any, count: int) -> list[Any]:
+    """Parameters for each of `count` prompts, from a list or one for all."""
+    each = list(given) if isinstance(given, Iterable) else [given] * count
+    if len(each) != count:
+        raise RequestError(f"{count} prompts but {len(each)} {name}; give one, or one a prompt.", name)
+    for params in each:
+        if not isinstance(params, kind):
+            raise RequestError(f"{name} must be {kind.__name__}, got {type(params).__name__}.", name)
+    return each
+
+
+def _priorities(given: Sequence[int] | None, count: int) -> list[int]:
+    each = [0] * count if given is None else list(given)
+    if len(each) != count:
+        raise RequestError(f"{count} prompts but {len(each)} priorities; give one a prompt.", "priority")
+    return each
+
+
+def _num_tokens(output: EngineOutput) -> int:
+    """What counts for the progress bar: tokens generated, or embedded."""
+    if isinstance(output, EmbeddingRequestOutput):
+        return len(output.prompt_token_ids)
+    return sum(len(completion.token_ids) for completion in output.outputs)

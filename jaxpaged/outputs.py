@@ -1,24 +1,36 @@
-"""From sampled tokens to what the user reads: text, logprobs, stop strings, one RequestOutput for n samples.
+"""From sampled tokens to what the user reads: text, logprobs, stop strings, one RequestOutput for n samples; or from
+hidden states to an embedding.
 
-A `Group` is a user's request; each of its n samples is a `Track`. Both are the engine's own mutable records.
+A `Group` is a user's request; each of its n samples is a `Track` (a request to pool has one, without tokens). Both are the
+engine's own mutable records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
 
 from jaxpaged.batch import TokenLogprobs
 from jaxpaged.request import (
     CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    EngineOutput,
     FinishReason,
     Logprob,
+    PoolingParams,
     Request,
     RequestMetrics,
     RequestOutput,
     RequestOutputKind,
 )
 from jaxpaged.tokenizer import Detokenizer, Tokenizer
+
+Output = TypeVar("Output", RequestOutput, EmbeddingRequestOutput)
+TINY = 1e-12  # a shorter vector is not scaled to length 1: torch's normalize has the same limit
 
 
 class Track:
@@ -35,7 +47,7 @@ class Track:
         self.cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self._text_reported = self._tokens_reported = 0
+        self._new_text, self._tokens_reported = "", 0  # not yet in an output
 
     @property
     def text(self) -> str:
@@ -51,7 +63,8 @@ class Track:
             self.cumulative_logprob += entry[token].logprob
         hidden = finish is FinishReason.STOP and not params.include_stop_str_in_output
         if self._detokenizer and not hidden:
-            stop = self._detokenizer.push([token]).stop
+            text, stop = self._detokenizer.push((token,))
+            self._new_text += text
             if stop is not None:
                 self.end(FinishReason.STOP, stop)
                 return finish is None
@@ -64,22 +77,20 @@ class Track:
         if self.finish_reason is None:
             self.finish_reason, self.stop_reason = reason, stop_reason
             if self._detokenizer:
-                self._detokenizer.finish()
+                self._new_text += self._detokenizer.finish()
 
     def output(self, delta: bool) -> CompletionOutput:
-        text, tokens, logprobs = self.text, self.token_ids, self.logprobs
-        if delta:
-            text, tokens = text[self._text_reported :], tokens[self._tokens_reported :]
-            logprobs = None if logprobs is None else logprobs[self._tokens_reported :]
-            self._text_reported, self._tokens_reported = len(self.text), len(self.token_ids)
+        first = self._tokens_reported if delta else 0
+        text, self._new_text = (self._new_text if delta else self.text), ""
+        self._tokens_reported = len(self.token_ids)
         return CompletionOutput(
-            index=self.index,
-            text=text,
-            token_ids=list(tokens),
-            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
-            logprobs=None if logprobs is None else list(logprobs),
-            finish_reason=None if self.finish_reason is None else str(self.finish_reason),
-            stop_reason=self.stop_reason,
+            self.index,
+            text,
+            self.token_ids[first:],
+            None if self.logprobs is None else self.cumulative_logprob,
+            None if self.logprobs is None else self.logprobs[first:],
+            None if self.finish_reason is None else str(self.finish_reason),
+            self.stop_reason,
         )
 
 
@@ -99,10 +110,17 @@ class Group:
     num_cached_tokens: int | None = None
     error: str | None = None
     changed: set[int] = field(default_factory=set)
+    pooled: np.ndarray | None = None  # float32 [E]: the prompt's last hidden state, or their sum, as far as computed
+
+    def __post_init__(self) -> None:
+        self.prompt_token_ids = list(self.request.prompt)  # one list for all outputs: a copy a token is O(prompt)
 
     @property
     def finished(self) -> bool:
-        return all(track.finish_reason is not None for track in self.tracks)
+        for track in self.tracks:  # a loop: it runs twice a token
+            if track.finish_reason is None:
+                return False
+        return True
 
     def note_token(self, now: float) -> None:
         self.first_token_time = self.first_token_time or now
@@ -119,34 +137,85 @@ class Group:
             token = prompt[first + i + 1]
             scores[first + i + 1] = logprob_entry(values, at + i, token, width, tokenizer)
 
-    def output(self) -> RequestOutput | None:
+    def pool(self, start: int, total: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Takes in a chunk of the prompt that begins at position `start`: the sum of its hidden states and the last one.
+        Returns what is pooled by now. A sequence that was preempted begins at 0 again."""
+        assert self.request.pooling is not None
+        if self.request.pooling.pooling == "last":
+            self.pooled = last
+        elif start == 0:
+            self.pooled = total
+        else:
+            assert self.pooled is not None, "a prompt is computed from its beginning"
+            self.pooled = self.pooled + total
+        return self.pooled
+
+    def output(self) -> EngineOutput | None:
         """What to tell the user now, None for nothing."""
-        kind = self.request.params.output_kind
-        if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
-            return None
+        if self.request.pooling is not None:
+            return self._pooled_output(self.request.pooling) if self.finished else None
+        return self._sampled_output()
+
+    def _pooled_output(self, params: PoolingParams) -> EmbeddingRequestOutput:
+        outputs, error = None, self.error
+        if self.tracks[0].finish_reason is FinishReason.ABORT:
+            error = "the request was aborted."
+        elif error is None:
+            assert self.pooled is not None, "a request ends well when its prompt has been pooled"
+            outputs = EmbeddingOutput(embedding(self.pooled, len(self.prompt_token_ids), params))
+        return EmbeddingRequestOutput(self.request.id, outputs, self.prompt_token_ids, self.num_cached_tokens or 0, True,
+                                      self._metrics(), error)  # fmt: skip
+
+    def _sampled_output(self) -> RequestOutput | None:
+        kind, finished = self.request.params.output_kind, self.finished
         everything = kind is RequestOutputKind.FINAL_ONLY
+        if everything and not finished:
+            return None
         shown = self.tracks if everything else [self.tracks[i] for i in sorted(self.changed)]
         self.changed.clear()
-        if not shown and not self.finished:
+        if not shown and not finished:
             return None
-        return RequestOutput(
-            request_id=self.request.id,
-            prompt=self.request.prompt_text,
-            prompt_token_ids=list(self.request.prompt),
-            outputs=[track.output(kind is RequestOutputKind.DELTA) for track in shown],
-            finished=self.finished,
-            prompt_logprobs=self.prompt_logprobs,
-            num_cached_tokens=self.num_cached_tokens or 0,
-            metrics=RequestMetrics(
-                self.arrival_time,
-                self.scheduled_time,
-                self.first_token_time,
-                self.last_token_time,
-                self.num_generation_tokens,
-                self.num_preemptions,
-            ),
-            error=self.error,
-        )
+        delta = kind is RequestOutputKind.DELTA
+        return RequestOutput(self.request.id, self.request.prompt_text, self.prompt_token_ids,
+                             [track.output(delta) for track in shown], finished, self.prompt_logprobs,
+                             self.num_cached_tokens or 0, self._metrics(), self.error)  # fmt: skip
+
+    def _metrics(self) -> RequestMetrics:
+        return RequestMetrics(self.arrival_time, self.scheduled_time, self.first_token_time, self.last_token_time,
+                              self.num_generation_tokens, self.num_preemptions)  # fmt: skip
+
+
+def embedding(pooled: np.ndarray, num_tokens: int, params: PoolingParams) -> list[float]:
+    """The vector to answer with, float32 values: the mean of a sum over `num_tokens`, cut, scaled to length 1."""
+    vector = pooled.astype(np.float64)[: params.dimensions] / (num_tokens if params.pooling == "mean" else 1)
+    if params.use_activation:
+        vector /= max(float(np.linalg.norm(vector)), TINY)
+    return vector.astype(np.float32).tolist()
+
+
+def merged(old: Output, new: Output, kind: RequestOutputKind) -> Output:
+    """Two successive outputs of one request as one, for a reader who had no time for the first, which is used up."""
+    if kind is RequestOutputKind.FINAL_ONLY or not (isinstance(old, RequestOutput) and isinstance(new, RequestOutput)):
+        return new
+    before = {completion.index: completion for completion in old.outputs}
+    for completion in new.outputs:
+        earlier = before.get(completion.index)
+        if earlier is not None and kind is RequestOutputKind.DELTA:
+            _extend(earlier, completion)
+        else:
+            before[completion.index] = completion
+    old.outputs = [before[index] for index in sorted(before)]
+    old.finished, old.error, old.metrics = new.finished, new.error, new.metrics
+    old.prompt_logprobs, old.num_cached_tokens = new.prompt_logprobs, new.num_cached_tokens
+    return old
+
+
+def _extend(old: CompletionOutput, new: CompletionOutput) -> None:
+    old.text += new.text
+    old.token_ids += new.token_ids
+    if old.logprobs is not None:
+        old.logprobs += new.logprobs or []
+    old.cumulative_logprob, old.finish_reason, old.stop_reason = new.cumulative_logprob, new.finish_reason, new.stop_reason
 
 
 def _width(asked: int | None, values: TokenLogprobs) -> int:

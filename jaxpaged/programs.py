@@ -5,6 +5,7 @@ once a bucket of rows and variant; together they would need the product. Between
     sample  : (head, rows [E, R], last_token*, packed)      -> (tokens and flags [2, R], last_token*, logits [R, V])
     score   : (logits [R, V], tokens [2, R])                -> logprobs of the sampled tokens
     score_prompt : (head, hidden [E, T], targets [T])       -> logprobs of the prompt's tokens
+    pool    : (hidden [E, T], rows [E, R], row_of_token [T]) -> sums and last hidden states, float32 [2, R, E]
     copy    : (caches*, pairs [N, 2])                       -> caches*          (copy-on-write)
 
 `*`: donated. `last_token [S]` is the carry: what each slot sampled last, on the device, so that step n + 1 can be
@@ -151,6 +152,15 @@ def make_score_prompt(config: DecoderConfig, dims: Dims) -> Callable:
         return sampler.prompt_logprobs(hidden.T, lambda x: head_logits(head, x.T, config), targets, dims.max_logprobs)
 
     return score_prompt
+
+
+def pool(hidden: Array, rows: Array, row_of_token: Array) -> Array:
+    """For embeddings: float32 [2, R, E], the sum over each row's columns of hidden [E, T], and its last one (rows [E, R]).
+    Rows are added up one by one and not as a product with ones and zeros: a NaN stays in its row."""
+    columns = hidden.T.astype(jnp.float32)
+    zeros = jnp.zeros(rows.T.shape, jnp.float32)
+    sums = zeros.at[row_of_token].add(columns, mode="drop", indices_are_sorted=True)
+    return jnp.stack([sums, rows.T.astype(jnp.float32)])
 
 
 def copy_pages(caches: Sequence[Array], pairs: Array) -> tuple[Array, ...]:

@@ -1,6 +1,8 @@
-"""The values that cross the engine's edge: what is asked (Request, SamplingParams) and what is answered (RequestOutput).
+"""The values that cross the engine's edge: what is asked (Request, SamplingParams, PoolingParams) and what is answered
+(RequestOutput, EmbeddingRequestOutput).
 
-Floor 0: standard library only. Everything here is a frozen value that can be pickled.
+Floor 0: standard library only. Everything here can be pickled. What is asked is frozen; what is answered is not, since an
+engine makes one a token and a frozen dataclass takes three times as long to make.
 Names, defaults, ranges and meanings of SamplingParams are vLLM's (0.33); what we do not implement is refused by name.
 """
 
@@ -276,15 +278,55 @@ class BeamSearchParams:
         _check(self.temperature == 0.0, "temperature", "0 (beam search is not sampled here)", self.temperature)
 
 
+POOLINGS = ("last", "mean")
+
+
+@dataclass(frozen=True)
+class PoolingParams:
+    """How to turn a prompt into one vector, its embedding; nothing is generated.
+
+    pooling: of the prompt's hidden states (the final norm's outputs, one a token): the "last" one, or their "mean".
+    use_activation: scale the vector to length 1 (the name is vLLM's).
+    dimensions: only the first so many numbers of it, scaled after the cut; for models that were trained for that
+      (Kusupati et al. 2022, Matryoshka representation learning). None: all.
+    skip_reading_prefix_cache: compute the whole prompt, which the mean always does. None: only then.
+    """
+
+    pooling: str = "last"
+    use_activation: bool = True
+    dimensions: int | None = None
+    skip_reading_prefix_cache: bool | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        refuse_unknown("PoolingParams", kwargs, [f.name for f in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        _check(self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}", self.pooling)
+        _check(isinstance(self.use_activation, bool), "use_activation", "True or False", self.use_activation)
+        ok_dimensions = self.dimensions is None or (_is_int(self.dimensions) and self.dimensions >= 1)
+        _check(ok_dimensions, "dimensions", "None or an integer >= 1", self.dimensions)
+        skip, needed = self.skip_reading_prefix_cache, self.pooling == "mean"
+        _check(skip is None or isinstance(skip, bool), "skip_reading_prefix_cache", "None, True or False", skip)
+        _check(skip is not False or not needed, "skip_reading_prefix_cache", "None or True for the mean of all tokens", skip)
+        object.__setattr__(self, "skip_reading_prefix_cache", needed if skip is None else skip)
+
+    @property
+    def output_kind(self) -> RequestOutputKind:
+        """There is one output, the last."""
+        return RequestOutputKind.FINAL_ONLY
+
+
 @dataclass(frozen=True)
 class Request:
-    """One prompt to complete. The engine turns n > 1 into n requests of one sequence each before scheduling.
+    """One prompt to complete, or to pool. The engine turns n > 1 into n requests of one sequence each before scheduling.
 
     id: unique among live requests. prompt: token ids. arrival: order of arrival, given by the engine (fcfs, ties).
     priority: lower first (policy "priority"). cache_salt: requests share pages only with requests of the same salt.
     stop_ids: every token id that ends the sequence: EOS ids (unless ignore_eos) and params.stop_token_ids.
     max_total_tokens: prompt and output together, limited by max_model_len; both filled in by the engine at admission.
     bad_words_ids: params.bad_words as token ids: a word's last token is banned where those before it have been generated.
+    pooling: None, or the vector to make instead of sampling: the sequence ends when its prompt has been computed.
     """
 
     id: str
@@ -297,6 +339,7 @@ class Request:
     max_total_tokens: int = 0
     prompt_text: str | None = None
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    pooling: PoolingParams | None = None
 
 
 @dataclass(frozen=True)
@@ -309,7 +352,7 @@ class Logprob:
     decoded_token: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestMetrics:
     """Times of one request in seconds on the monotonic clock, and counts."""
 
@@ -321,7 +364,7 @@ class RequestMetrics:
     num_preemptions: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class CompletionOutput:
     """One sampled continuation. `stop_reason`: the stop string or the stop token id that ended it, None for EOS."""
 
@@ -337,7 +380,7 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestOutput:
     """What `LLM.generate` returns for a prompt. `error` is the message when a sequence ended with reason "error"."""
 
@@ -351,3 +394,30 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
     lora_request: None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """A prompt's vector, of float32 values."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    """What `LLM.embed` returns for a prompt. `outputs` is None where the request failed or was aborted; `error` says why."""
+
+    request_id: str
+    outputs: EmbeddingOutput | None
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    error: str | None = None
+
+
+EngineOutput = RequestOutput | EmbeddingRequestOutput

@@ -47,6 +47,7 @@ class Handle(NamedTuple):
     tokens: Array
     logprobs: Any
     prompt_logprobs: Any
+    pooled: Any
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ class ModelRunner:
         self.num_compilations = 0
         self._caches: tuple[Array, ...] = ()
         self._last_token = jax.device_put(jnp.zeros((dims.num_slots,), jnp.int32), device)
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
 
     # -- compiling ---------------------------------------------------------------------------------------------------
 
@@ -139,6 +144,7 @@ class ModelRunner:
         keys += [("sample", r, variant) for r in rows for variant in Variant]
         keys += [("score", r) for r in rows]
         keys += [("score_prompt", bucket.num_tokens) for bucket in self.buckets]
+        keys += [("pool", bucket) for bucket in self.buckets]
         return [*keys, ("copy",)]
 
     def _lower(self, key: tuple) -> Any:
@@ -161,6 +167,9 @@ class ModelRunner:
             case ("score_prompt", tokens):
                 hidden = jax.ShapeDtypeStruct((E, tokens), act)
                 return jax.jit(programs.make_score_prompt(self.config, d)).lower(head, hidden, _ints(tokens))
+            case ("pool", bucket):
+                hidden, rows = (jax.ShapeDtypeStruct((E, n), act) for n in bucket)
+                return jax.jit(programs.pool).lower(hidden, rows, _ints(bucket.num_tokens))
             case ("copy",):
                 return jax.jit(programs.copy_pages, donate_argnums=0).lower(tuple(caches), _ints(COPIES, 2))
         raise AssertionError(key)
@@ -175,20 +184,22 @@ class ModelRunner:
     # -- running -----------------------------------------------------------------------------------------------------
 
     def dispatch(self, batch: Batch) -> Handle:
-        """Enqueues copies, decoder, sampler and what logprobs are asked for. Returns before any of it has run."""
+        """Enqueues copies, decoder, sampler and what logprobs and vectors are asked for. Returns before any of it has run."""
         bucket = Bucket(len(batch.tokens), len(batch.slots))
         self._copy(batch.copies)
         packed = self._put(packing.pack(programs.forward_layout(bucket, self.dims), batch._asdict()))
         forward = self._program("forward", bucket)
         self._caches, hidden, rows = forward(self._leaves, self._caches, self._last_token, packed)
         tokens, self._last_token, logits = self._sample(batch, rows)
-        logprobs = prompt_logprobs = None
+        logprobs = prompt_logprobs = pooled = None
         if batch.num_logprobs >= 0:
             logprobs = self._program("score", bucket.num_rows)(logits, tokens)
         if batch.prompt_logprobs:
             program = self._program("score_prompt", bucket.num_tokens)
             prompt_logprobs = program(self._head, hidden, self._put(batch.targets))
-        handle = Handle(tokens, logprobs, prompt_logprobs)
+        if batch.pools:
+            pooled = self._program("pool", bucket)(hidden, rows, self._put(batch.row_of_token))
+        handle = Handle(tokens, logprobs, prompt_logprobs, pooled)
         for array in jax.tree.leaves(handle):
             array.copy_to_host_async()
         return handle
@@ -196,7 +207,8 @@ class ModelRunner:
     def collect(self, handle: Handle) -> Sampled:
         """Waits for a step and brings its results to the host."""
         tokens, finite = np.asarray(handle.tokens)
-        return Sampled(tokens, finite != 0, _to_host(handle.logprobs), _to_host(handle.prompt_logprobs))
+        pooled = None if handle.pooled is None else np.asarray(handle.pooled)
+        return Sampled(tokens, finite != 0, _to_host(handle.logprobs), _to_host(handle.prompt_logprobs), pooled)
 
     def recover(self) -> bool:
         """After a failed step: if its donated arrays are gone or hold an error, new empty ones. True if the cache was
@@ -274,4 +286,6 @@ def _describe(key: tuple) -> str:
             return f"logprobs, {rows} rows"
         case ("score_prompt", tokens):
             return f"prompt logprobs, {tokens} tokens"
+        case ("pool", bucket):
+            return f"pooling, {bucket.num_tokens} tokens"
     return key[0]

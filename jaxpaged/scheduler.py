@@ -4,7 +4,7 @@ A sequence has `num_tokens` tokens, of which the host knows `num_known` (all but
 and of which the keys of `num_computed` are cached, or will be once the steps already scheduled have run. There
 is no prefill phase and no decode phase: a step gives each running sequence as many tokens to compute as it lacks and the
 budget has, in the order of their keys (priority, arrival); what is left over admits waiting sequences. A sequence whose
-last token is computed samples one more, and lacks one again.
+last token is computed samples one more, and lacks one again; or it ends, if it is there to be pooled.
 
 Order of events in `schedule`:
   1. Running sequences get tokens, oldest first, under `max_num_batched_tokens`.
@@ -63,15 +63,20 @@ __all__ = [
 
 def check_fits(limits: Limits, request: Request) -> None:
     """RequestError if the request could not even run alone: it would wait for ever."""
-    K = limits.page_size
-    needed, usable = -(-(request.max_total_tokens - 1) // K), limits.num_pages - 1
-    if request.max_total_tokens > limits.max_model_len or needed > usable:
-        raise RequestError(
-            f"prompt ({len(request.prompt):,} tokens) and output need {needed:,} pages of {K} tokens, the cache has "
-            f"{usable:,} and max_model_len is {limits.max_model_len:,}; set max_tokens to at most "
-            f"{max(0, min(usable * K + 1, limits.max_model_len) - len(request.prompt)):,}, or give the cache more memory.",
-            "max_tokens",
-        )
+    K, usable = limits.page_size, limits.num_pages - 1
+    last = request.pooling is None  # the last token that is sampled needs no place in the cache
+    longest = min(usable * K + last, limits.max_model_len)
+    if request.max_total_tokens <= longest:
+        return
+    what, remedy, param = "", f"shorten the prompt to at most {longest:,} tokens", "prompt"
+    if request.pooling is None:
+        left = max(0, longest - len(request.prompt))
+        what, remedy, param = " and the output", f"set max_tokens to at most {left:,}", "max_tokens"
+    raise RequestError(
+        f"the prompt's {len(request.prompt):,} tokens{what} need {-(-(request.max_total_tokens - last) // K):,} pages of {K} "
+        f"tokens, the cache has {usable:,} and max_model_len is {limits.max_model_len:,}; {remedy}, or give the cache more "
+        "memory.", param,
+    )  # fmt: skip
 
 
 def add(state: State, request: Request) -> State:
@@ -188,7 +193,7 @@ def _release_each(pool: Pool, borrowed: list[int]) -> Pool:
 def _shares(state: State) -> tuple[np.ndarray, np.ndarray, int]:
     """Running slots that lack tokens, oldest first, how many tokens each gets, and how many are left over."""
     s, limits = state.seats, state.limits
-    ready = s.active & (s.num_computed < s.num_tokens) & (s.num_tokens < s.max_total)
+    ready = s.active & (s.num_computed < s.num_tokens) & (s.pooling | (s.num_tokens < s.max_total))
     ready &= ~s.lagging | (s.num_known == s.num_tokens)
     (slots,) = ready.nonzero()
     slots = slots[np.lexsort((s.arrival[slots], s.priority[slots]))]
@@ -313,6 +318,7 @@ def _sit_down(state: State, slot: int, waiting: Waiting, num_computed: int, foun
     seats.max_total[slot] = request.max_total_tokens
     seats.priority[slot], seats.arrival[slot], _ = queue.key_of(state.limits, request)
     seats.lagging[slot] = any(len(word) > 1 for word in request.bad_words_ids)
+    seats.pooling[slot] = request.pooling is not None
     seats.stops[slot] = (sorted(request.stop_ids) + [NO_TOKEN] * NUM_STOPS)[:NUM_STOPS]
     parent = found.keys[-1] if found.keys else pages.root(request.cache_salt)
     return state._replace(
@@ -331,11 +337,12 @@ def _finish_plan(state: State, draft: _Draft) -> tuple[State, Plan]:
         order = np.argsort(counts > 1, kind="stable")
         slots, counts = slots[order], counts[order]
     seats = state.seats
-    samples = seats.num_computed[slots] == seats.num_tokens[slots]
+    ends, pooling = seats.num_computed[slots] == seats.num_tokens[slots], seats.pooling[slots]
+    samples, pools = ends & ~pooling, ends & pooling
     requests = state.requests.read()
     plan = Plan(
         slots, seats.generation[slots], (seats.num_computed[slots] - counts).astype(np.int32), counts,
-        samples, num_decode, np.asarray(draft.copies, np.int32).reshape(-1, 2),
+        samples, pools, num_decode, np.asarray(draft.copies, np.int32).reshape(-1, 2),
         tuple(requests[slots].tolist()), tuple(draft.admitted), tuple(draft.preempted),
     )  # fmt: skip
     seats = copied(seats, "num_tokens")
@@ -347,12 +354,12 @@ def _finish_plan(state: State, draft: _Draft) -> tuple[State, Plan]:
 
 
 def commit(state: State, plan: Plan, tokens: np.ndarray, finite: np.ndarray) -> tuple[State, Outputs]:
-    """Takes in what a plan's step sampled (`tokens`, `finite` [R] in batch order, padded). Sequences that ended or were
-    preempted meanwhile are passed over."""
+    """Takes in what a plan's step sampled (`tokens`, `finite` [R] in batch order, padded; of a row that pools, whether its
+    vector is finite). Sequences that ended or were preempted meanwhile are passed over."""
     n, s = len(plan.slots), state.seats
     live = s.active[plan.slots] & (s.generation[plan.slots] == plan.generations)
     state = _publish_prompt_tails(state, plan, live)
-    (rows,) = (live & plan.samples).nonzero()
+    (rows,), (pooled,) = (live & plan.samples).nonzero(), (live & plan.pools).nonzero()
     slots, new = plan.slots[rows], tokens[:n][rows]
     at = (plan.start[rows] + plan.num_tokens[rows]).astype(np.int64)
     seats = copied(state.seats, "num_known")
@@ -360,9 +367,12 @@ def commit(state: State, plan: Plan, tokens: np.ndarray, finite: np.ndarray) -> 
     state = state._replace(seats=seats, tokens=state.tokens.set((slots, at), new))
     state = publish.full_pages(state, slots)
     reasons = _reasons(state, slots, new, at + 1, finite[:n][rows])
+    reasons += [FinishReason.STOP if ok else FinishReason.ERROR for ok in finite[pooled].tolist()]
+    rows, new = np.concatenate([rows, pooled]), [*new.tolist(), *[NO_TOKEN] * len(pooled)]
+    slots = plan.slots[rows]
     ids = [request.id for request in state.requests.read()[slots].tolist()]
-    outputs = Outputs(ids, slots.tolist(), plan.generations[rows].tolist(), new.tolist(), reasons, rows.tolist())
-    for slot, reason in zip(outputs.slots, reasons) if any(reasons) else ():
+    outputs = Outputs(ids, slots.tolist(), plan.generations[rows].tolist(), new, reasons, rows.tolist())
+    for slot, reason in zip(outputs.slots, outputs.reasons) if any(outputs.reasons) else ():
         if reason is not None:
             state = _end(state, slot, trusted=reason is not FinishReason.ERROR)
     return state, outputs

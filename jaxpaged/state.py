@@ -81,6 +81,7 @@ class Seats(NamedTuple):
     priority: np.ndarray  # int64
     arrival: np.ndarray  # int64
     lagging: np.ndarray  # bool: must not run ahead of what the host knows (bad words of several tokens)
+    pooling: np.ndarray  # bool: samples nothing, and ends when its tokens are computed
     stops: np.ndarray  # int32 [S, NUM_STOPS], padded with NO_TOKEN
 
 
@@ -111,6 +112,7 @@ class Plan(NamedTuple):
     start: np.ndarray  # first position; int32, as the next
     num_tokens: np.ndarray
     samples: np.ndarray  # bool: reaches the sequence's end
+    pools: np.ndarray  # bool: so does this one, of a sequence that is pooled
     num_decode: int
     copies: np.ndarray  # int32 [c, 2]: (source page, destination page)
     requests: tuple[Request, ...]
@@ -119,7 +121,7 @@ class Plan(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a step sampled, a live sequence each."""
+    """What a step sampled, a live sequence each; a pooled one ends with NO_TOKEN."""
 
     ids: list[str]
     slots: list[int]
@@ -148,7 +150,7 @@ def initial(limits: Limits) -> State:
     S, M, K = limits.max_num_seqs, limits.max_pages_per_seq, limits.page_size
     ints = lambda: np.zeros(S, np.int32)
     seats = Seats(np.zeros(S, bool), np.zeros(S, np.int64), ints(), ints(), ints(), ints(), ints(), ints(), ints(),
-                  np.zeros(S, np.int64), np.zeros(S, np.int64), np.zeros(S, bool),
+                  np.zeros(S, np.int64), np.zeros(S, np.int64), np.zeros(S, bool), np.zeros(S, bool),
                   np.full((S, NUM_STOPS), NO_TOKEN, np.int32))  # fmt: skip
     nobody = np.full(S + 1, np.array(wish(SamplingParams(temperature=0), limits.vocab_size), WISH))
     return State(limits, pages.create(limits.num_pages, limits.page_size), seats, Array(np.full(S, None, object)),

@@ -28,9 +28,26 @@ def paper_tokens(prompt: list[int], count: int, vocab_size: int, stop: frozenset
     return context[len(prompt) :]
 
 
+EMBED_DIM = 3
+
+
+def hidden_state(context: list[int]) -> np.ndarray:
+    """A hidden state on paper: small integers, of which float32 adds up any number without an error."""
+    digest = hashlib.blake2b(np.asarray(context, np.int64).tobytes(), digest_size=EMBED_DIM).digest()
+    return np.frombuffer(digest, np.uint8).astype(np.float32) + 1
+
+
+def paper_vector(prompt: list[int], pooling: str) -> np.ndarray:
+    """The oracle of pooling, not scaled: float32 [EMBED_DIM]."""
+    states = [hidden_state(prompt[: i + 1]) for i in range(len(prompt))]
+    return states[-1] if pooling == "last" else np.sum(states, axis=0) / np.float32(len(prompt))
+
+
 class FakeRunner:
     """A `Runner` on paper. `fail_at`: numbers of the dispatches that raise. Results are worked out at once and handed
     out by `collect`, as late as the engine asks for them."""
+
+    embed_dim = EMBED_DIM
 
     def __init__(self, limits: Limits, fail_at: frozenset[int] = frozenset()):
         self.limits, self.fail_at = limits, fail_at
@@ -98,7 +115,18 @@ class FakeRunner:
                 self.last_token[batch.slots[row]] = tokens[row]
         logprobs = _paper_logprobs(tokens) if batch.num_logprobs >= 0 else None
         prompt = _paper_logprobs(batch.targets) if batch.prompt_logprobs else None
-        return Sampled(tokens, np.ones(len(tokens), bool), logprobs, prompt)
+        pooled = self._pool(batch, num_rows) if batch.pools else None
+        return Sampled(tokens, np.ones(len(tokens), bool), logprobs, prompt, pooled)
+
+    def _pool(self, batch: Batch, num_rows: int) -> np.ndarray:
+        """Padding rows hold NaN: nobody may look at them."""
+        pooled = np.full((2, len(batch.slots), EMBED_DIM), np.nan, np.float32)
+        for row in range(num_rows):
+            context = self.context(batch, row)
+            count = int(batch.query_start[row + 1] - batch.query_start[row])
+            states = [hidden_state(context[:end]) for end in range(len(context) - count + 1, len(context) + 1)]
+            pooled[:, row] = np.sum(states, axis=0), states[-1]
+        return pooled
 
 
 def _paper_logprobs(tokens: np.ndarray) -> TokenLogprobs:

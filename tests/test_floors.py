@@ -19,10 +19,34 @@ PACKAGES = {"jaxpaged": "jaxpaged", "pallas_kernels": "pallas_kernels", "jaxpage
 # A line is a floor, the highest first: control plane | device plane. A module imports from lower floors only.
 HOUSE = """
     cli                                                       |
-    chat demo env flags jaxpaged_server                       | bench
-    jaxpaged                                                  |
+    cli_clients cli_serve                                     |
+    server.run                                                |
+    server.app                                                |
+    server.messages server.openapi server.operations          |
+    server.page server.responses server.tokens                |
+    server.answering server.live server.openapi_answers server.openapi_fields |
+    server.openai_api                                         |
+    server.chat server.messages_output server.responses_output |
+    server.exchange server.prompting                          |
+    server.completions server.parts server.service            |
+    server.embeddings server.middleware server.options        |
+    server.summary server.tracing                             |
+    server.logprobs server.messages_input server.metrics      |
+    server.params server.parsers server.replies               |
+    server.responses_input server.usage                       |
+    server.errors server.exposition server.parsers.chat       |
+    server.schemas server.sse                                 |
+    server.blocks server.fields server.http_metrics           |
+    server.parsers.formats server.request_times               |
+    server.metric_names server.parsers.json_calls             |
+    server.parsers.pythonic server.parsers.reasoning server.parsers.xml_calls |
+    server.instruments server.parsers.output server.parsers.source server.parsers.values |
+    bench_serve run_batch                                     |
+    remote bench_report bench_datasets                        |
+    demo env chat flags sampling_flags bench_options server   | bench
+    jaxpaged watchdog                                         |
                                                               | llm
-                                                              | build
+    async_engine                                              | build
                                                               | beam memory runner weights
                                                               | programs
     engine                                                    | kv_cache packing sampler
@@ -47,7 +71,7 @@ HOUSE = """
                                                               | kernels.checks
 """
 # These are how users come in. They start the device plane, but only from inside a function (or for type checkers).
-DOORS = {"jaxpaged", "jaxpaged.cli", "jaxpaged.env"}
+DOORS = {"jaxpaged", "jaxpaged.cli", "jaxpaged.cli_clients", "jaxpaged.cli_serve", "jaxpaged.env"}
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}  # packages the control plane never imports
 
 
@@ -57,7 +81,9 @@ class Import(NamedTuple):
 
 
 def full_name(name: str) -> str:
-    name = f"pallas_{name}" if name.split(".")[0] == "kernels" else name
+    short = {"kernels": "pallas_kernels", "server": "jaxpaged_server"}
+    first, dot, rest = name.partition(".")
+    name = short.get(first, first) + dot + rest
     return name if name.split(".")[0] in PACKAGES else f"jaxpaged.{name}"
 
 

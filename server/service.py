@@ -1,0 +1,179 @@
+"""What every endpoint needs: the engine, its tokenizer, the model's names, the server's options and defaults."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from jaxpaged.async_engine import AsyncEngine, Stream
+from jaxpaged.request import RequestError, SamplingParams
+from jaxpaged.tokenizer import Tokenizer
+from jaxpaged.watchdog import Watchdog
+from jaxpaged_server.fields import Decoder
+from jaxpaged_server.metrics import Metrics
+from jaxpaged_server.options import ServerOptions
+from jaxpaged_server.sse import Watch
+from jaxpaged_server.summary import Summary
+from jaxpaged_server.tracing import Tracing
+
+log = logging.getLogger(__name__)
+
+LONG_TEXT = 4096  # characters; longer texts are tokenised in a thread, so that they hold up nobody
+CACHE_CONFIG = ("block_size", "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override",
+                "enable_prefix_caching", "dtype")  # fmt: skip  # fields of EngineConfig that cache_config_info shows
+MAX_TOKEN_BYTES = 1024  # no tokenizer has longer tokens: a text of more bytes than that a token cannot fit
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who asks: the request's id as the client knows it, and the caller's trace context."""
+
+    request_id: str
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Service:
+    """An engine as endpoints see it.
+
+    names: what clients may call the model; the first one stands in answers. defaults: sampling parameters of requests that
+    do not say (SamplingParams' names). chat_template: instead of the model's. cache_config: what metrics say about the cache.
+    num_compilations: programs compiled since the start.
+    """
+
+    def __init__(self, engine: AsyncEngine, options: ServerOptions, names: Sequence[str],
+                 defaults: Mapping[str, Any] | None = None, chat_template: str | None = None,
+                 cache_config: Mapping[str, str] | None = None, num_compilations: Callable[[], int] = lambda: 0):  # fmt: skip
+        self.engine, self.options = engine, options
+        self.names = tuple(options.served_model_name or names)
+        self.defaults = {**(defaults or {}), **options.generation_defaults}
+        self.chat_template = chat_template
+        self.decode = Decoder(options.strict_fields)
+        self.watch = Watch(options.slow_client_timeout)
+        self.created = int(time.time())
+        self.watchdog: Watchdog | None = None
+        limits = engine.engine.limits
+        self.metrics = Metrics(model_name=self.names[0], max_model_len=limits.max_model_len, num_pages=limits.num_pages,
+                               cache_config=cache_config or {}, counters=engine.engine.counters,
+                               num_compilations=num_compilations, prefix=options.metrics_prefix)  # fmt: skip
+        engine.observers += [self.metrics, Summary(self.metrics)]
+        self.tracing = Tracing(options.otlp_traces_endpoint) if options.otlp_traces_endpoint else None
+        engine.observers += [self.tracing] if self.tracing else []
+        engine.max_num_queued_reqs = options.max_num_queued_reqs
+        self._numbers = itertools.count()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.engine.engine.tokenizer
+
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """The texts of the tokenizer's special tokens."""
+        return frozenset(self.tokenizer.token(i) for i in self.tokenizer.special_ids) if self.tokenizer else frozenset()
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.engine.limits.max_model_len
+
+    def model(self, asked: str | None) -> str:
+        """The name for the answer: what was asked for. RequestError (404) for a model that is not served."""
+        if asked is None or asked == "":
+            return self.names[0]
+        if asked not in self.names:
+            raise RequestError(
+                f"The model `{asked[:200]}` does not exist; this server has {', '.join(self.names)}.", "model", 404
+            )
+        return asked
+
+    def need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(f"{what} needs a tokenizer, and this server runs without one; send token ids.", "prompt")
+        return self.tokenizer
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; 400 at once if it is far too long."""
+        tokenizer = self.need_tokenizer("text")
+        if len(text) > MAX_TOKEN_BYTES * self.max_model_len:
+            raise too_long(f"at least {len(text) // MAX_TOKEN_BYTES:,}", self.max_model_len)
+        if len(text) <= LONG_TEXT:
+            return tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+
+    def submit(self, asked: Asked, ids: Sequence[int], params: Any, *, text: str | None = None, priority: int = 0,
+               cache_salt: str = "") -> Stream:  # fmt: skip
+        """Hands a prompt to the engine. RequestError if it cannot be served; 400 in OpenAI's words if it is too long."""
+        if len(ids) >= self.max_model_len and isinstance(params, SamplingParams):
+            raise too_long(f"{len(ids):,}", self.max_model_len)
+        if not -(2**63) <= priority < 2**63:
+            raise RequestError(f"priority must be a 64-bit integer, got {priority}.", "priority")
+        own = f"{asked.request_id}-{next(self._numbers)}"  # a client may send the same id twice; the engine's are unique
+        stream = self.engine.submit(own, ids, params, priority=priority, cache_salt=cache_salt, prompt_text=text,
+                                    trace_headers=asked.trace_headers)  # fmt: skip
+        if self.options.enable_log_requests:
+            log.info("received %s: %d prompt tokens, %s%s", own, len(ids), params,
+                     "" if text is None else f", prompt {text[: self.options.max_log_len]!r}")  # fmt: skip
+        return stream
+
+    def abort(self, request_ids: Sequence[str] | None) -> int:
+        """Aborts requests by the ids that clients know; None: all of them. Returns how many there were."""
+        public = lambda own: own.rpartition("-")[0]
+        own = [i for i in self.engine.streams if request_ids is None or public(i) in request_ids]
+        for i in own:
+            self.engine.abort(i)
+        return len(own)
+
+    # -- life --------------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The engine's thread, the watchdog and the summary in the log, from the start of the server to its end."""
+        self.engine.start()
+        if self.options.watchdog_timeout:
+            self.watchdog = Watchdog(self.engine, self.options.watchdog_timeout)
+            self.watchdog.start()
+        try:
+            yield
+        finally:
+            await self.engine.drain(self.options.shutdown_timeout)
+            if self.watchdog is not None:
+                self.watchdog.stop()
+            await self.engine.close()
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.close)
+
+    def trouble(self) -> str | None:
+        """Why requests cannot be served now; None if they can."""
+        if self.engine.error is not None:
+            return f"the engine has stopped: {self.engine.error!r}"
+        if not self.engine.is_running:
+            return "the engine is not running"
+        return self.watchdog.cause if self.watchdog is not None else None
+
+
+def too_long(count: str, limit: int) -> RequestError:
+    """OpenAI's words: clients look for them."""
+    return RequestError(
+        f"This model's maximum context length is {limit} tokens. However, your prompt contains {count} input tokens, and the "
+        f"output needs at least one; shorten the prompt to at most {limit - 1} tokens.", "input_tokens",
+    )  # fmt: skip
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def open_service(built: Any, options: ServerOptions) -> Service:
+    """The service of a `jaxpaged.build.Built`."""
+    compiled_at_start = built.runner.num_compilations
+    cache = {name: str(getattr(built.config, name)) for name in CACHE_CONFIG} | {"num_gpu_blocks": str(built.plan.num_pages)}
+    return Service(
+        AsyncEngine(built.engine), options, [built.config.model], built.sampling_defaults, built.config.chat_template, cache,
+        lambda: built.runner.num_compilations - compiled_at_start,
+    )  # fmt: skip
