@@ -7,10 +7,14 @@ client on the same machine reads how long the token has been under way.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import time
 from typing import Any
 
 import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from jaxpaged.async_engine import AsyncEngine
 from jaxpaged.batch import Batch, Sampled, ladder
@@ -18,7 +22,9 @@ from jaxpaged.detokenizer import Pieces
 from jaxpaged.engine import Engine
 from jaxpaged.scheduler import Limits
 from jaxpaged_server import run
+from jaxpaged_server.app import create_app
 from jaxpaged_server.options import ServerOptions
+from jaxpaged_server.replies import json_reply
 from jaxpaged_server.service import Service
 
 CLOCK = 10**7  # token ids: microseconds
@@ -92,6 +98,11 @@ def service(max_num_seqs: int, max_model_len: int = 4096, step_ms: float = 0.0, 
     return Service(AsyncEngine(engine), ServerOptions(**options), ["null"])
 
 
+async def tasks(request: Request) -> Response:
+    """How many asyncio tasks there are."""
+    return json_reply({"tasks": len(asyncio.all_tasks())})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8000)
@@ -103,7 +114,9 @@ def main() -> None:
     made = service(args.max_num_seqs, step_ms=args.step_ms, port=args.port, disable_uvicorn_access_log=True,
                    slow_client_timeout=args.slow_client_timeout)  # fmt: skip
     with run.listen(made.options) as sock:
-        run.serve(made, sock)
+        app = create_app(made)
+        app.router.routes.append(Route("/debug/tasks", tasks))
+        run.serve(made, sock, app)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Output = TypeVar("Output", RequestOutput, EmbeddingRequestOutput)
 
-MAX_UNDELIVERED = 2  # reports that the loop has not taken: a loop that falls behind slows the engine, not the memory
+MAX_UNDELIVERED = 4  # reports that the loop has not taken: a loop that falls behind slows the engine, not the memory
 
 GIVE_UP = 10.0  # seconds that the end of a step is waited for when everything is to end
 

@@ -32,8 +32,11 @@ def _message(i: int, message: Any, parts: bool) -> dict[str, Any]:
     elif not isinstance(content, str):
         texts = _texts(content, f"{where}.content")
         out["content"] = [{"type": "text", "text": t} for t in texts] if parts else "\n".join(texts)
-    if out.get("tool_calls"):
-        out["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in out["tool_calls"]]
+    calls = out.get("tool_calls")
+    if not isinstance(calls, (list, tuple, type(None))):
+        raise RequestError(f"{where}.tool_calls must be a list, got {calls!r:.200}.", f"{where}.tool_calls")
+    if calls:
+        out["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in calls]
     return out
 
 
@@ -61,7 +64,7 @@ def _tool_call(call: Any, where: str) -> Any:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{where}: the function's arguments are not JSON ({error}).", where) from None
     return {**call, "function": {**function, "arguments": arguments}}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -96,6 +96,7 @@ class ManyValues(TyperCommand):
 def tolerated(command: Callable) -> Callable:
     """Adds vLLM's flags that ask for nothing here, hidden."""
     signature = inspect.signature(command)
+    shown = [p for p in signature.parameters.values() if p.name != "notes"]
     names = {name: True for name in NOTHING_ASKED if name not in signature.parameters} | NOTED
     hidden = []
     for name, has_value in names.items():
@@ -105,22 +106,21 @@ def tolerated(command: Callable) -> Callable:
 
     def wrapper(**kwargs: Any) -> Any:
         given = {name: kwargs.pop(name) for name in names}
-        _note({name: value for name, value in given.items() if value is not None})
-        return command(**kwargs)
+        notes = _notes({name: value for name, value in given.items() if value is not None})
+        return command(notes=notes, **kwargs)
 
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-    wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *hidden])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in (*signature.parameters.values(), *hidden)}
+    wrapper.__signature__ = signature.replace(parameters=[*shown, *hidden])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in (*shown, *hidden)}
     return wrapper
 
 
-def _note(given: dict[str, Any]) -> None:
-    """RequestError for a flag with a value that asks for something that is not there."""
-    for name, value in given.items():
-        if name in NOTHING_ASKED:
-            allowed = NOTHING_ASKED[name]
-            without_nothing_asked({name: next((one for one in allowed if str(one).lower() == value.lower()), value)})
-        log.warning("--%s means nothing here and is not used", name.replace("_", "-"))
+def _notes(given: dict[str, Any]) -> list[str]:
+    """What to say about them. RequestError for a value that asks for something that is not there."""
+    for name in given.keys() & NOTHING_ASKED.keys():
+        known = {str(one).lower(): one for one in NOTHING_ASKED[name]}
+        without_nothing_asked({name: known.get(given[name].lower(), given[name])})
+    return [f"--{name.replace('_', '-')} means nothing here and is not used" for name in given]
 
 
 @tolerated
@@ -130,6 +130,7 @@ def serve(
     model_flag: Annotated[
         str | None, typer.Option("--model", "-m", help=HELP["model"][1], rich_help_panel=HELP["model"][0])
     ] = None,
+    notes: tuple[str, ...] = (),
     **flags: Any,
 ) -> None:
     """Serve a model with OpenAI's API (and Anthropic's), a page to try it, and metrics."""
@@ -138,7 +139,7 @@ def serve(
     options = server_options(flags)
     engine = {f.name: flags[f.name] for f in fields(EngineConfig) if f.name in flags}
     engine["model"] = model or model_flag or engine.get("model", "demo")
-    raise typer.Exit(run(EngineConfig(**engine), options))
+    raise typer.Exit(run(EngineConfig(**engine), options, notes))
 
 
 def server_options(flags: dict[str, Any]) -> ServerOptions:
@@ -153,13 +154,16 @@ def server_options(flags: dict[str, Any]) -> ServerOptions:
     return ServerOptions(**given)
 
 
-def run(config: EngineConfig, options: ServerOptions) -> int:
-    """Listens, builds the engine, serves. The exit status."""
-    from jaxpaged.build import build_engine
+def run(config: EngineConfig, options: ServerOptions, notes: Sequence[str] = ()) -> int:
+    """Listens, builds the engine, serves. The exit status. notes: for the log."""
     from jaxpaged_server import run as server
     from jaxpaged_server.service import open_service
 
     server.set_up_logs(options.log_format, options.log_level)
-    with server.listen(options) as sock:
+    for note in notes:
+        log.warning("%s", note)
+    with server.listen(options) as sock:  # before JAX is imported: a port in use is said at once
+        from jaxpaged.build import build_engine
+
         built = build_engine(config, progress=options.log_format == "text")
         return server.serve(open_service(built, options), sock)

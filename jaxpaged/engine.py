@@ -105,7 +105,7 @@ class Engine:
         self._tracks: dict[str, tuple[Group, Track]] = {}  # by the id of the single-sample request
         self._reserved: set[str] = set()  # ids submitted and not finished
         self._num_submitted = 0
-        self._num_queued = -limits.max_num_seqs  # below 0: free slots; when the last step ended
+        self._num_queued = -limits.max_num_seqs  # below 0: free slots
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Engine:
         else:
             if sampled is not None:
                 outputs += self._commit(self._in_flight.popleft(), sampled)
-        self._num_queued = len(self.state.waiting) + len(self.state.slot_of) - self.limits.max_num_seqs
+        self._count_queued()
         self.counters.host_time += time.perf_counter() - start
         return outputs
 
@@ -193,7 +193,11 @@ class Engine:
                 outputs += self._abort(value)
             else:
                 self.state = scheduler.reset_prefix_cache(self.state)
+        self._count_queued()
         return outputs
+
+    def _count_queued(self) -> None:
+        self._num_queued = len(self.state.waiting) + len(self.state.slot_of) - self.limits.max_num_seqs
 
     def _add(self, request: Request, arrived: float) -> None:
         children = _samples(request)

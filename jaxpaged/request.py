@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import difflib
 import enum
-import math
+import reprlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -18,7 +19,11 @@ from typing import Any
 MAX_NUM_SAMPLES = 16384  # largest `n`, as in vLLM
 MAX_LOGIT_BIAS = 1024  # entries of `logit_bias` a request: the width of the bias table on the device
 MAX_BAD_WORDS = 128
+MAX_BAD_WORD = 256  # characters: each is tokenised when the request comes
 SAMPLING_EPS = 1e-5  # a temperature below this is greedy
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+MIN_FLOAT32 = 2.0**-126  # smallest normal number: a smaller penalty would be 0 on the device
+MAX_DIGITS = 20  # of a token id that is written as text
 MIN_TEMPERATURE = 1e-2  # a smaller one that is not greedy is raised to this: 1 / t would overflow
 
 
@@ -64,7 +69,7 @@ def refuse_unknown(kind: str, given: Any, known: Sequence[str]) -> None:
 
 def _check(ok: bool, param: str, rule: str, given: Any) -> None:
     if not ok:
-        raise RequestError(f"{param} must be {rule}, got {given!r}.", param)
+        raise RequestError(f"{param} must be {rule}, got {reprlib.repr(given)}.", param)
 
 
 def _is_int(x: Any) -> bool:
@@ -72,7 +77,8 @@ def _is_int(x: Any) -> bool:
 
 
 def _is_finite(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    """Also an int must have a float's size: JSON knows no bound."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class SamplingParams:
 
     n: samples drawn for the prompt, 1..16384. They share the prompt's pages. Greedy sampling takes n = 1 only.
     presence_penalty, frequency_penalty: [-2, 2], subtracted for tokens of the output so far (once / per occurrence).
-    repetition_penalty: > 0; logits of tokens seen in prompt or output are divided (if > 0) or multiplied by it.
+    repetition_penalty: > 0 (a float32); logits of tokens seen in prompt or output are divided (if > 0) or multiplied by it.
     temperature: [0, 2]; below 1e-5 is greedy (top_p, top_k, min_p are then off); up to 0.01 is raised to 0.01.
     top_p: (0, 1]. top_k: 0 or -1 is off. min_p: [0, 1], relative to the most probable token.
     seed: makes the request repeatable, whatever else runs beside it. None or -1: drawn by the engine.
@@ -164,7 +170,8 @@ class SamplingParams:
             value = getattr(self, name)
             _check(_is_finite(value) and -2 <= value <= 2, name, "a number in [-2, 2]", value)
         value = self.repetition_penalty
-        _check(_is_finite(value) and value > 0, "repetition_penalty", "a finite number > 0", value)
+        ok_penalty = _is_finite(value) and MIN_FLOAT32 <= value <= MAX_FLOAT32
+        _check(ok_penalty, "repetition_penalty", "a number > 0 that float32 can hold", value)
         _check(
             _is_finite(self.temperature) and 0 <= self.temperature <= 2, "temperature", "a number in [0, 2]", self.temperature
         )
@@ -188,8 +195,8 @@ class SamplingParams:
 
     def _check_kinds(self) -> None:
         for f in fields(self):
-            if f.type == "bool":
-                value = getattr(self, f.name)
+            value = getattr(self, f.name)
+            if f.type == "bool" or f.name == "skip_reading_prefix_cache":  # which is no longer None
                 _check(isinstance(value, bool), f.name, "True or False", value)
         kinds = ", ".join(f"RequestOutputKind.{kind.name}" for kind in RequestOutputKind)
         _check(isinstance(self.output_kind, RequestOutputKind), "output_kind", f"one of {kinds}", self.output_kind)
@@ -210,6 +217,8 @@ class SamplingParams:
         words = self.bad_words or ()
         _check(all(isinstance(w, str) and w for w in words), "bad_words", "non-empty strings", words)
         _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} words", len(words))
+        longest = max(map(len, words), default=0)
+        _check(longest <= MAX_BAD_WORD, "bad_words", f"words of at most {MAX_BAD_WORD} characters", longest)
         _check(
             self.logit_bias is None or isinstance(self.logit_bias, dict),
             "logit_bias",
@@ -243,9 +252,9 @@ def _as_id(key: Any) -> int:
     """JSON has string keys: "50256" is taken for 50256, anything else is refused."""
     if _is_int(key) and key >= 0:
         return key
-    if isinstance(key, str) and key.isascii() and key.isdigit():
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= MAX_DIGITS:
         return int(key)
-    raise RequestError(f"logit_bias keys must be token ids (integers >= 0), got {key!r}.", "logit_bias")
+    raise RequestError(f"logit_bias keys must be token ids (integers >= 0), got {reprlib.repr(key)}.", "logit_bias")
 
 
 def _as_bias(value: Any) -> float:

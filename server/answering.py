@@ -44,11 +44,11 @@ class Started(NamedTuple):
     parts: Parts
 
 
-async def start(service: Service, request: Request, chat: ChatRequest, prefix: str) -> Started:
-    """Hands the request to the engine. RequestError if it cannot be served. prefix: of its id."""
+async def start(service: Service, request: Request, chat: ChatRequest, prefix: str, clamp: bool = False) -> Started:
+    """Hands the request to the engine. RequestError if it cannot be served. prefix: of its id. clamp: `start_chat`'s."""
     asked = asked_by(request, chat.request_id, prefix)
     asked = replace(asked, request_id=asked.request_id.replace("-", "_", 1))  # both APIs' ids have an underscore there
-    stream, prompt = await start_chat(service, chat, asked)
+    stream, prompt = await start_chat(service, chat, asked, clamp)
     new_parser = parser_maker(service, chat, prompt)
     params = stream.params
     assert isinstance(params, SamplingParams), "chats are completed"

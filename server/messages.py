@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxpaged_server.answering import reply, start
-from jaxpaged_server.exchange import read_body
+from jaxpaged_server.exchange import read
 from jaxpaged_server.messages_input import CountTokensRequest, MessagesRequest, to_chat
 from jaxpaged_server.messages_output import MessageAnswer
 from jaxpaged_server.prompting import render
@@ -16,11 +16,10 @@ from jaxpaged_server.service import Service
 
 async def messages(service: Service, request: Request) -> Response:
     """POST /v1/messages."""
-    body = service.decode(await read_body(request, service.options.max_body_size), MessagesRequest)
+    body = await read(service, request, MessagesRequest)
     chat, model = to_chat(body), service.model(body.model)
-    if body.max_tokens >= service.max_model_len:  # clients must say a number, and some say 32,000 to every model
-        chat.max_tokens = None  # to the end of the context
-    id, stream, _, parts = await start(service, request, chat, "msg")
+    # Clients must say a number of tokens, and some say 32,000 to every model: clamped.
+    id, stream, _, parts = await start(service, request, chat, "msg", clamp=True)
     shows_thinking = body.thinking is None or body.thinking.display != "omitted"
     answer = MessageAnswer(id, model, parts, stream.num_prompt_tokens, shows_thinking)
     return await reply(service, request, stream, answer, body.stream)
@@ -28,7 +27,7 @@ async def messages(service: Service, request: Request) -> Response:
 
 async def count_tokens(service: Service, request: Request) -> Response:
     """POST /v1/messages/count_tokens: the prompt's length, as /v1/messages would have it."""
-    body = service.decode(await read_body(request, service.options.max_body_size), CountTokensRequest)
+    body = await read(service, request, CountTokensRequest)
     service.model(body.model)
     prompt = await render(service, to_chat(body))
     return json_reply({"input_tokens": len(prompt.ids)})

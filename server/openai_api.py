@@ -83,13 +83,16 @@ async def chat_completions(service: Service, request: Request) -> Response:
     return await _answer(service, request, body, answer, [stream])
 
 
-async def start_chat(service: Service, body: ChatRequest, asked: Any) -> tuple[Stream, Prompt]:
-    """Renders a conversation and hands it to the engine: for every API that talks."""
+async def start_chat(service: Service, body: ChatRequest, asked: Any, clamp: bool = False) -> tuple[Stream, Prompt]:
+    """Renders a conversation and hands it to the engine: for every API that talks. clamp: a limit of tokens that does not fit
+    beside the prompt means as many as fit."""
     params = chat_params(body, service.defaults)
     prompt = await render(service, body)
     if shows_special(service, body, prompt):
         params = params.clone(skip_special_tokens=False)
     ids = truncated(prompt.ids, body.truncate_prompt_tokens, body.truncation_side, service.max_model_len)
+    if clamp and len(ids) + (params.max_tokens or 0) > service.max_model_len:
+        params = params.clone(max_tokens=None)
     return service.submit(asked, ids, params, text=prompt.text, priority=body.priority, cache_salt=body.cache_salt), prompt
 
 

@@ -76,7 +76,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                                            "TextCompletionChunk", WORK),
     ("POST", "/v1/chat/completions"): Operation("Answers a conversation.", "openai", "ChatCompletion", (ChatRequest,),
                                                 "ChatCompletionChunk", WORK),
-    ("POST", "/v1/responses"): Operation("Answers items (OpenAI's Responses API), without a memory.", "openai", "ResponseAnswer",
+    ("POST", "/v1/responses"): Operation("Answers items (OpenAI's Responses API); has no memory.", "openai", "ResponseAnswer",
                                          (ResponsesRequest,), "ResponseEvent", WORK),
     ("GET", "/v1/responses/{response_id}"): STORED,
     ("DELETE", "/v1/responses/{response_id}"): STORED,

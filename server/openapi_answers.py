@@ -13,6 +13,8 @@ NUMBER: Schema = {"type": "number"}
 OBJECT: Schema = {"type": "object"}
 NULL: Schema = {"type": "null"}
 IDS: Schema = {"type": "array", "items": COUNT}
+MAYBE_STRING: Schema = {"type": ["string", "null"]}
+MAYBE_INTEGER: Schema = {"type": ["integer", "null"]}
 
 
 def ref(name: str) -> Schema:
@@ -46,7 +48,7 @@ CHAT_REASONS = ("stop", "length", "tool_calls", "abort", "error")
 STOP_REASON: Schema = {"type": ["string", "integer", "null"], "description": "The stop string or token id that ended it."}
 USAGE = ref("Usage")
 TOKEN_IDS: dict[str, Schema] = {"token_ids": IDS, "prompt_token_ids": or_null(IDS)}
-REASONING: dict[str, Schema] = {"reasoning": {"type": ["string", "null"]}, "reasoning_content": {"type": ["string", "null"]}}
+REASONING: dict[str, Schema] = {"reasoning": MAYBE_STRING, "reasoning_content": MAYBE_STRING}
 
 ERRORS: dict[str, Schema] = {
     "Error": record({"error": record({
@@ -59,7 +61,7 @@ SHARED: dict[str, Schema] = {
     "Usage": record({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT},
                     {"prompt_tokens_details": record({"cached_tokens": COUNT}),
                      "completion_tokens_details": record({"reasoning_tokens": COUNT})}),
-    "Logprob": record({"logprob": NUMBER, "rank": {"type": ["integer", "null"]}, "decoded_token": {"type": ["string", "null"]}}),
+    "Logprob": record({"logprob": NUMBER, "rank": MAYBE_INTEGER, "decoded_token": MAYBE_STRING}),
     "PromptLogprobs": {**array(or_null({"type": "object", "additionalProperties": ref("Logprob")})),
                        "description": "For each token of the prompt, by token id; null for the first one."},
     "TokenLogprob": record({"token": STRING, "logprob": NUMBER, "bytes": array(COUNT)}),
@@ -86,7 +88,7 @@ CHAT: dict[str, Schema] = {
                         "function": record({"name": STRING, "arguments": {**STRING, "description": "JSON text."}})}),
     "ToolCallPiece": record({"index": COUNT, "function": record({"arguments": STRING}, {"name": STRING})},
                             {"id": STRING, "type": {"const": "function"}}),
-    "ChatMessage": record({"role": STRING, "content": {"type": ["string", "null"]}, "refusal": NULL, "annotations": NULL,
+    "ChatMessage": record({"role": STRING, "content": MAYBE_STRING, "refusal": NULL, "annotations": NULL,
                            "audio": NULL, "function_call": NULL}, {**REASONING, "tool_calls": array(ref("ToolCall"))}),
     "ChatChoice": record({"index": COUNT, "message": ref("ChatMessage"), "logprobs": or_null(ref("ChatLogprobs")),
                           "finish_reason": one_of(*CHAT_REASONS), "stop_reason": STOP_REASON}, {"token_ids": IDS}),
@@ -102,13 +104,14 @@ TOKENS: dict[str, Schema] = {
     "Tokens": record({"count": COUNT, "max_model_len": INTEGER, "tokens": IDS, "token_strs": or_null(array(STRING))}),
     "Text": record({"prompt": STRING}),
     "RenderedPrompt": record({"prompt": STRING, "prompt_token_ids": IDS, "count": COUNT}),
-    "RankedLogprob": record({"token_id": COUNT, "token": STRING, "logprob": NUMBER, "rank": {"type": ["integer", "null"]}}),
+    "RankedLogprob": record({"token_id": COUNT, "token": STRING, "logprob": NUMBER, "rank": MAYBE_INTEGER}),
     "TokenLogprobs": record({"content": array({"allOf": [ref("RankedLogprob"),
                                                          record({"top_logprobs": array(ref("RankedLogprob"))})]})}),
     "TokenChoice": record({"index": COUNT, "token_ids": IDS, "logprobs": or_null(ref("TokenLogprobs")),
                            "finish_reason": one_of(*REASONS, None), "stop_reason": STOP_REASON}, {"text": STRING}),
     "GeneratedChunk": record({"request_id": STRING, "model": STRING, "choices": array(ref("TokenChoice"))}, {"usage": USAGE}),
-    "Generated": {"allOf": [ref("GeneratedChunk"), record({"prompt_logprobs": or_null(ref("PromptLogprobs")), "usage": USAGE})]},
+    "Generated": {"allOf": [ref("GeneratedChunk"),
+                            record({"prompt_logprobs": or_null(ref("PromptLogprobs")), "usage": USAGE})]},
 }  # fmt: skip
 OPERATIONS: dict[str, Schema] = {
     "Version": record({"version": STRING}),
@@ -128,10 +131,11 @@ MESSAGES: dict[str, Schema] = {
         "id": STRING, "type": {"const": "message"}, "role": {"const": "assistant"}, "model": STRING,
         "content": array(ref("ContentBlock")),
         "stop_reason": one_of("end_turn", "max_tokens", "stop_sequence", "tool_use", None),
-        "stop_sequence": {"type": ["string", "null"]}, "usage": ref("MessageUsage")}),
+        "stop_sequence": MAYBE_STRING, "usage": ref("MessageUsage")}),
     "MessageEvent": record({"type": one_of("message_start", "ping", "content_block_start", "content_block_delta",
                                            "content_block_stop", "message_delta", "message_stop", "error")},
-                           {"message": ref("MessageAnswer"), "index": COUNT, "content_block": ref("ContentBlock"), "delta": OBJECT}),
+                           {"message": ref("MessageAnswer"), "index": COUNT, "content_block": ref("ContentBlock"),
+                            "delta": OBJECT}),
 }  # fmt: skip
 STATUS = one_of("in_progress", "completed", "incomplete")
 RESPONSES: dict[str, Schema] = {
@@ -151,7 +155,7 @@ RESPONSES: dict[str, Schema] = {
         "status": one_of("in_progress", "completed", "incomplete", "failed"),
         "error": or_null(record({"code": STRING, "message": STRING})),
         "incomplete_details": or_null(record({"reason": STRING})), "output": array(ref("OutputItem")),
-        "usage": or_null(ref("ResponseUsage")), "instructions": {"type": ["string", "null"]},
+        "usage": or_null(ref("ResponseUsage")), "instructions": MAYBE_STRING,
         "metadata": OBJECT, "temperature": NUMBER, "top_p": NUMBER, "tools": array(OBJECT), "tool_choice": {},
         "parallel_tool_calls": {"type": "boolean"}}),
     "ResponseEvent": record({"type": STRING, "sequence_number": COUNT},

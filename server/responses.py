@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from jaxpaged.request import RequestError, SamplingParams
 from jaxpaged_server.answering import reply, start
-from jaxpaged_server.exchange import read_body
+from jaxpaged_server.exchange import read
 from jaxpaged_server.logprobs import TokenNames
 from jaxpaged_server.responses_input import STATELESS, ResponsesRequest, to_chat
 from jaxpaged_server.responses_output import ResponseAnswer
@@ -18,7 +18,7 @@ from jaxpaged_server.service import Service
 
 async def responses(service: Service, request: Request) -> Response:
     """POST /v1/responses."""
-    body = service.decode(await read_body(request, service.options.max_body_size), ResponsesRequest)
+    body = await read(service, request, ResponsesRequest)
     chat, model = to_chat(body), service.model(body.model)
     id, stream, params, parts = await start(service, request, chat, "resp")
     names = TokenNames(service.tokenizer, service.options.return_tokens_as_token_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from jaxpaged.request import RequestError
@@ -51,13 +53,15 @@ class Server(uvicorn.Server):
             await asyncio.wait({drain}, timeout=0.1)
         drain.cancel()
         await super().shutdown(sockets)
+        self._captured_signals.clear()  # uvicorn would raise them again, and the process end by them
 
 
-def serve(service: Service, sock: socket.socket) -> int:
-    """Serves on a socket (see `listen`) until a signal comes. The exit status: 1 if the engine died."""
+def serve(service: Service, sock: socket.socket, app: Starlette | None = None) -> int:
+    """Serves on a socket (see `listen`) until a signal comes. app: the service's, unless it is given. The exit status: 1 if
+    the engine died."""
     options, sockets = service.options, [sock]
     config = uvicorn.Config(
-        create_app(service), root_path=options.root_path, http=Protocol, ws="none", loop="auto",
+        app or create_app(service), root_path=options.root_path, http=Protocol, ws="none", loop="auto",
         log_config=None, log_level=options.log_level, access_log=not options.disable_uvicorn_access_log,
         ssl_keyfile=options.ssl_keyfile, ssl_certfile=options.ssl_certfile, ssl_ca_certs=options.ssl_ca_certs,
         ssl_cert_reqs=options.ssl_cert_reqs, ssl_ciphers=options.ssl_ciphers or "TLSv1", server_header=False,
@@ -65,12 +69,21 @@ def serve(service: Service, sock: socket.socket) -> int:
     )  # fmt: skip
     local = "" if options.uds or options.host not in ("127.0.0.1", "localhost", "::1") else " (this machine only; see --host)"
     log.info("serving %s at %s%s", ", ".join(service.names), address(options, sockets[0]), local)
+    _calm_collector()
     try:
         Server(config, service).run(sockets)
     finally:
         if options.uds is not None:
             Path(options.uds).unlink(missing_ok=True)
     return 1 if service.engine.error is not None else 0
+
+
+def _calm_collector() -> None:
+    """What is there when serving begins stays: the garbage collector need not look at it again. And it looks less often: a
+    token makes dozens of objects, next to none of which is garbage that reference counts do not free."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def listen(options: ServerOptions) -> socket.socket:

@@ -109,8 +109,8 @@ class Service:
     def submit(self, asked: Asked, ids: Sequence[int], params: Any, *, text: str | None = None, priority: int = 0,
                cache_salt: str = "") -> Stream:  # fmt: skip
         """Hands a prompt to the engine. RequestError if it cannot be served; 400 in OpenAI's words if it is too long."""
-        if len(ids) >= self.max_model_len and isinstance(params, SamplingParams):
-            raise too_long(f"{len(ids):,}", self.max_model_len)
+        if isinstance(params, SamplingParams):
+            _check_length(len(ids), params.max_tokens, self.max_model_len)
         if not -(2**63) <= priority < 2**63:
             raise RequestError(f"priority must be a 64-bit integer, got {priority}.", "priority")
         own = f"{asked.request_id}-{next(self._numbers)}"  # a client may send the same id twice; the engine's are unique
@@ -155,6 +155,18 @@ class Service:
         if not self.engine.is_running:
             return "the engine is not running"
         return self.watchdog.cause if self.watchdog is not None else None
+
+
+def _check_length(num_prompt: int, max_tokens: int | None, limit: int) -> None:
+    """RequestError in OpenAI's words, for which clients look."""
+    if num_prompt >= limit:
+        raise too_long(f"{num_prompt:,}", limit)
+    if max_tokens is not None and num_prompt + max_tokens > limit:
+        raise RequestError(
+            f"This model's maximum context length is {limit} tokens. However, you requested {num_prompt + max_tokens:,}: "
+            f"{num_prompt:,} in the prompt and {max_tokens:,} for the output; ask for at most {limit - num_prompt:,} tokens of "
+            "output, or leave the limit out for as many as fit.", "max_tokens",
+        )  # fmt: skip
 
 
 def too_long(count: str, limit: int) -> RequestError:

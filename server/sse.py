@@ -116,8 +116,8 @@ class EventStream(Response):
 
     def drop(self) -> None:
         """Ends the connection without waiting for what has not been read."""
+        self._abort()  # first: then the HTTP server knows that nobody misses the rest
         self._leave()
-        self._abort()
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
