@@ -26,16 +26,17 @@ LONG = "the fox and the dog. " * 100
 
 @pytest.fixture
 def serve(monkeypatch, capsys):
-    """Runs `jaxpaged serve FLAGS` up to where it would start: (status, standard error, engine's config, server's options)."""
+    """Runs `jaxpaged serve FLAGS` up to where it would start: (status, standard error, engine's config, server's options,
+    notes)."""
 
     def call(*flags: str):
         started = []
-        monkeypatch.setattr(cli_serve, "run", lambda config, options, notes: started.append((config, options)) or 0)
+        monkeypatch.setattr(cli_serve, "run", lambda *given: started.append(given) or 0)
         monkeypatch.setattr(sys, "argv", ["jaxpaged", "serve", *flags])
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as end:
             cli.main()
-        return int(end.value.code or 0), capsys.readouterr().err, *(started[0] if started else (None, None))
+        return int(end.value.code or 0), capsys.readouterr().err, *(started[0] if started else (None, None, None))
 
     return call
 
@@ -43,8 +44,8 @@ def serve(monkeypatch, capsys):
 # -- flags -----------------------------------------------------------------------------------------------------------------
 
 
-def test_vllms_flags_are_taken(serve, caplog):
-    status, _, config, options = serve(
+def test_vllms_flags_are_taken(serve):
+    status, _, config, options, notes = serve(
         "demo", "--enforce-eager", "--swap-space", "4", "--disable-log-requests", "--served-model-name", "a", "b",
         "--api-key", "k1", "k2", "--max-model-len", "4k", "--gpu-memory-utilization", "0.5", "--tensor-parallel-size", "1",
         "--enable-prefix-caching", "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--kv-cache-dtype", "auto",
@@ -60,14 +61,14 @@ def test_vllms_flags_are_taken(serve, caplog):
     assert options.served_model_name == ("a", "b") and options.api_key == ("k1", "k2")
     assert options.allowed_origins == ("https://a.example",) and options.tool_call_parser == "hermes"
     assert options.generation_defaults == {"temperature": 0.5}
-    noted = " ".join(record.getMessage() for record in caplog.records)
+    noted = " ".join(notes)
     assert "--swap-space" in noted and "--disable-log-requests" in noted and "--enforce-eager" not in noted
 
 
 def test_a_file_has_flags_too(serve, tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text("model: demo\nport: 9000\nserved-model-name: [a, b]\nenforce_eager: true\nmax_num_seqs: 7\n")
-    _, _, config, options = serve("--config", str(file), "--port", "9001")
+    _, _, config, options, _ = serve("--config", str(file), "--port", "9001")
     assert (config.model, config.enforce_eager, config.max_num_seqs) == ("demo", True, 7)
     assert (options.port, options.served_model_name) == (9001, ("a", "b"))  # the command line wins
 
@@ -98,7 +99,7 @@ def test_the_key_may_come_from_the_environment(serve, monkeypatch):
     (("demo", "other"), "other"),
 ])  # fmt: skip
 def test_wrong_flags_are_said_at_once(serve, flags, said):
-    status, err, config, _ = serve(*flags)
+    status, err, config, *_ = serve(*flags)
     assert status == 2 and said in err and config is None and "Traceback" not in err
 
 
