@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -33,6 +34,8 @@ from benchmarks.null_server import CLOCK
 
 HOST = "127.0.0.1"
 STAMPS = re.compile(rb'"text":"((?:\d{7} )+)"')
+LOOK = 0.004  # seconds; a client that is woken for each token costs more than the server
+REQUEST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -99,9 +102,7 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        head = (f"POST /v1/completions HTTP/1.1\r\nhost: {HOST}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(self.body)}\r\n\r\n")  # fmt: skip
-        transport.write(head.encode() + self.body)
+        transport.write(REQUEST % (len(self.body), self.body))
 
     def data_received(self, data: bytes) -> None:
         self.took(data)
@@ -125,25 +126,54 @@ async def ask(port: int, client: Client) -> bool:
 # -- null: the path of a token --------------------------------------------------------------------------------------------
 
 
-async def stream_all(port: int, clients: int, tokens: int) -> dict[str, float]:
-    """Every client streams `tokens` tokens at once. Latency: from sampling to this process, all tokens but those of the first
-    tenth of the time, in which the requests arrive."""
-    late: list[tuple[float, int]] = []
+class Reader:
+    """One stream, read from a plain socket. `late`: microseconds that tokens were under way, with the time they were read; only
+    of streams that are probes, for reading the stamps is most of what a client costs."""
 
-    def took(data: bytes) -> None:
-        now = time.monotonic()
-        clock = int(now * 1e6) % CLOCK
-        for match in STAMPS.finditer(data):
-            late.extend((now, (clock - int(stamp)) % CLOCK) for stamp in match[1].split())
+    def __init__(self, port: int, tokens: int, probe: bool):
+        self.probe, self.late, self.tail = probe, list[tuple[float, int]](), b""
+        self.socket = socket.create_connection((HOST, port))
+        body = json.dumps({"prompt": "hello", "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}})
+        self.socket.sendall(REQUEST % (len(body), body.encode()))
+        self.socket.setblocking(False)
 
-    body = {"prompt": "hello", "max_tokens": tokens, "stream": True}
+    def read(self) -> bool:
+        """Takes what is there. True at the end of the stream."""
+        data = self.socket.recv(2**18)
+        if self.probe:
+            now = time.monotonic()
+            clock = int(now * 1e6) % CLOCK
+            for match in STAMPS.finditer(data):
+                self.late.extend((now, (clock - int(stamp)) % CLOCK) for stamp in match[1].split())
+        self.tail = (self.tail + data)[-600:]
+        if data and b"data: [DONE]" not in self.tail:
+            return False
+        self.socket.close()
+        return True
+
+    @property
+    def num_tokens(self) -> int:
+        found = re.search(rb'"completion_tokens":([0-9]+)', self.tail)
+        return int(found[1]) if found else 0
+
+
+def stream_all(port: int, clients: int, tokens: int) -> dict[str, float]:
+    """Every client streams `tokens` tokens at once, and looks for new ones every LOOK seconds. Latency: from sampling to this
+    process, of every tenth client, without the first tenth of the time, in which the requests arrive."""
     start = time.monotonic()
-    whole = await asyncio.gather(*(ask(port, Client(body, took)) for _ in range(clients)))
+    readers = {reader.socket.fileno(): reader for reader in (Reader(port, tokens, i % 10 == 0) for i in range(clients))}
+    poll, unread = select.epoll(), len(readers)
+    for number in readers:
+        poll.register(number, select.EPOLLIN)
+    while unread:
+        for number, _ in poll.poll():
+            unread -= readers[number].read()
+        time.sleep(LOOK)
     seconds = time.monotonic() - start
-    assert all(whole) and len(late) == clients * tokens, "a stream was cut short"
-    steady = sorted(micros for at, micros in late if at > start + 0.1 * seconds)
-    at = lambda share: steady[int(share * (len(steady) - 1))] / 1000
-    return {"tokens_per_s": len(late) / seconds, "p50_ms": at(0.5), "p99_ms": at(0.99), "max_ms": at(1)}
+    assert all(reader.num_tokens == tokens for reader in readers.values()), "a stream was cut short"
+    late = sorted(micros for reader in readers.values() for at, micros in reader.late if at > start + 0.1 * seconds)
+    at = lambda share: late[int(share * (len(late) - 1))] / 1000
+    return {"tokens_per_s": clients * tokens / seconds, "p50_ms": at(0.5), "p99_ms": at(0.99), "max_ms": at(1)}
 
 
 def null(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +182,7 @@ def null(args: argparse.Namespace) -> dict[str, Any]:
 
         def measure(run: int) -> dict[str, float]:
             before = server.cpu_seconds()
-            found = uvloop.run(stream_all(server.port, args.clients, args.tokens))
+            found = stream_all(server.port, args.clients, args.tokens)
             cpu = server.cpu_seconds() - before
             found["server_cpu_us_per_token"] = cpu * 1e6 / (args.clients * args.tokens)
             print(f"  run {run}: " + ", ".join(f"{k} {v:,.1f}" for k, v in found.items()), flush=True)

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Output = TypeVar("Output", RequestOutput, EmbeddingRequestOutput)
 
-MAX_UNDELIVERED = 4  # reports that the loop has not taken: a loop that falls behind slows the engine, not the memory
 
 GIVE_UP = 10.0  # seconds that the end of a step is waited for when everything is to end
 
@@ -38,15 +37,21 @@ class EngineDeadError(RuntimeError):
     """The engine's thread has ended with an exception; nothing can be served any more."""
 
 
-class StepReport(NamedTuple):
-    """One step, for those who observe. Times in seconds, `at` on the monotonic clock; `num_tokens`: computed by the step
-    that was dispatched (0: none was)."""
+class StepTimes(NamedTuple):
+    """Of one step. `num_tokens`: computed by the batch that it dispatched (0: it dispatched none). In seconds."""
 
-    outputs: list[EngineOutput]
-    stats: Stats
     num_tokens: int
     seconds: float
     waited: float  # part of `seconds`: the host had nothing to do but to wait for the device
+
+
+class StepReport(NamedTuple):
+    """What steps since the last report have brought, for those who observe. `at`: when the last of them ended, on the
+    monotonic clock."""
+
+    outputs: list[EngineOutput]
+    stats: Stats
+    steps: list[StepTimes]
     at: float
 
 
@@ -153,7 +158,9 @@ class AsyncEngine:
         self.step_began: float | None = None  # monotonic time; None while no step runs
         self._calls: deque[tuple[Callable[[Engine], Any], asyncio.Future[Any]]] = deque()
         self._wake = threading.Event()
-        self._room = threading.Semaphore(MAX_UNDELIVERED)
+        self._taken = threading.Event()  # the loop has passed on the last report
+        self._taken.set()
+        self._steps: list[StepTimes] = []  # since the last report
         self._idle: asyncio.Event | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -264,7 +271,6 @@ class AsyncEngine:
         raise RequestError(message, status=503)
 
     def _deliver(self, report: StepReport) -> None:
-        self._room.release()
         for output in report.outputs:
             stream = self.streams.get(output.request_id)
             if stream is not None:
@@ -275,6 +281,7 @@ class AsyncEngine:
                 self.streams.pop(output.request_id, None)
         if not self.streams and self._idle is not None:
             self._idle.set()
+        self._loop.call_soon(self._taken.set)  # after the readers that have been woken
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
         for observer in self.observers:
@@ -313,17 +320,23 @@ class AsyncEngine:
             self._in_loop(self._die, error)
 
     def _step(self) -> None:
+        """One step. While the loop is still busy with the last report there is no new one: tokens gather in the engine, and
+        come in fewer and longer outputs."""
+        report = self._taken.is_set()
+        if not report and self.engine.only_reports:
+            self._taken.wait(0.1)
+            return
         counters = self.engine.counters
         tokens, waited, began = counters.computed_tokens, counters.wait_time, time.monotonic()
         self.step_began = began
-        outputs = self.engine.step()
+        outputs = self.engine.step(report)
         self.step_began = None
         at = time.monotonic()
-        report = StepReport(outputs, self.engine.stats(), counters.computed_tokens - tokens, at - began,
-                            counters.wait_time - waited, at)  # fmt: skip
-        self._in_loop(self._deliver, report)
-        while not self._room.acquire(timeout=0.1) and not self._stopping:
-            pass
+        self._steps.append(StepTimes(counters.computed_tokens - tokens, at - began, counters.wait_time - waited))
+        if report:
+            self._taken.clear()
+            steps, self._steps = self._steps, []
+            self._in_loop(self._deliver, StepReport(outputs, self.engine.stats(), steps, at))
 
     def _answer_calls(self) -> None:
         while self._calls:

@@ -103,6 +103,7 @@ class Engine:
         self._in_flight: deque[InFlight] = deque()
         self._groups: dict[str, Group] = {}
         self._tracks: dict[str, tuple[Group, Track]] = {}  # by the id of the single-sample request
+        self._touched: dict[str, Group] = {}  # by request id: what has changed since the last report
         self._reserved: set[str] = set()  # ids submitted and not finished
         self._num_submitted = 0
         self._num_queued = -limits.max_num_seqs  # below 0: free slots
@@ -154,6 +155,11 @@ class Engine:
         return max(0, self._num_queued + len(self._inbox))
 
     @property
+    def only_reports(self) -> bool:
+        """Nothing is left to compute: `step` would only report."""
+        return not (self._inbox or self._in_flight or len(self.state.slot_of) or len(self.state.waiting))
+
+    @property
     def has_work(self) -> bool:
         return bool(self._inbox or self._groups or self._in_flight)
 
@@ -165,36 +171,37 @@ class Engine:
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[EngineOutput]:
-        """Takes events, dispatches at most one batch, and reads the oldest one that has run. Returns what is new."""
+    def step(self, report: bool = True) -> list[EngineOutput]:
+        """Takes events, dispatches at most one batch, and reads the oldest one that has run. Returns what is new since the last
+        report. Without `report` nothing is returned and what is new is kept: a caller who has not yet passed on the last
+        outputs saves the cost of making more of them."""
         start = time.perf_counter()
-        outputs = self._take_events()
+        self._take_events()
         batch_ = self._schedule()
         try:
             dispatched = batch_ is not None and self._dispatch(*batch_)
             filling = dispatched and self.async_scheduling and len(self._in_flight) == 1
             sampled = None if filling or not self._in_flight else self._wait()
         except Exception as error:  # a step that fails takes its own requests down, not the engine
-            outputs += self._fail(error)
+            self._fail(error)
         else:
             if sampled is not None:
-                outputs += self._commit(self._in_flight.popleft(), sampled)
+                self._commit(self._in_flight.popleft(), sampled)
         self._count_queued()
+        outputs = self._report() if report else []
         self.counters.host_time += time.perf_counter() - start
         return outputs
 
-    def _take_events(self) -> list[EngineOutput]:
-        outputs = []
+    def _take_events(self) -> None:
         while self._inbox:
             kind, value = self._inbox.popleft()
             if kind == "add":
                 self._add(*value)
             elif kind == "abort":
-                outputs += self._abort(value)
+                self._abort(value)
             else:
                 self.state = scheduler.reset_prefix_cache(self.state)
         self._count_queued()
-        return outputs
 
     def _count_queued(self) -> None:
         self._num_queued = len(self.state.waiting) + len(self.state.slot_of) - self.limits.max_num_seqs
@@ -209,16 +216,16 @@ class Engine:
             self.state = scheduler.add(self.state, child)
             self._tracks[child.id] = group, track
 
-    def _abort(self, request_id: str) -> list[EngineOutput]:
+    def _abort(self, request_id: str) -> None:
         group = self._groups.get(request_id)
         if group is None:
-            return []
+            return
         for track in group.tracks:
             if track.finish_reason is None:
                 self.state = scheduler.abort(self.state, track.request.id)
                 track.end(FinishReason.ABORT)
                 group.changed.add(track.index)
-        return self._report([group])
+                self._touched[request_id] = group
 
     def _schedule(self) -> tuple[Plan, Batch] | None:
         """The next batch; None if there is nothing to compute now."""
@@ -254,18 +261,17 @@ class Engine:
         for request_id in plan.preempted:
             self._tracks[request_id][0].num_preemptions += 1
 
-    def _commit(self, step: InFlight, sampled: Sampled) -> list[EngineOutput]:
+    def _commit(self, step: InFlight, sampled: Sampled) -> None:
         finite = sampled.finite if sampled.pooled is None else self._pool(step, sampled.pooled, sampled.finite)
         self.state, committed = scheduler.commit(self.state, step.plan, sampled.tokens, finite)
         if sampled.prompt_logprobs is not None:
             self._score_prompts(step, sampled)
-        touched, now = {}, time.monotonic()
+        now = time.monotonic()
         for request_id, slot, generation, token, finish, row in committed.items():
             group, track = self._tracks[request_id]
-            touched[group.request.id] = group
+            self._touched[group.request.id] = group
             if self._push(group, track, token, finish, sampled, row, now):
                 self.state = scheduler.finish(self.state, slot, generation)
-        return self._report(touched.values())
 
     def _push(self, group: Group, track: Track, token: int, finish: FinishReason | None, sampled: Sampled, row: int,
               now: float) -> bool:  # fmt: skip
@@ -302,9 +308,9 @@ class Engine:
             count = int(step.plan.num_tokens[row])
             entry[0].score_prompt(int(step.plan.start[row]), count, sampled.prompt_logprobs, at, self.tokenizer)
 
-    def _report(self, groups: Any) -> list[EngineOutput]:
-        outputs = []
-        for group in groups:
+    def _report(self) -> list[EngineOutput]:
+        outputs, touched, self._touched = [], self._touched, {}
+        for group in touched.values():
             output = group.output()
             if output is not None:
                 outputs.append(output)
@@ -322,7 +328,7 @@ class Engine:
 
     # -- failing -----------------------------------------------------------------------------------------------------
 
-    def _fail(self, error: Exception) -> list[EngineOutput]:
+    def _fail(self, error: Exception) -> None:
         """Ends the requests of every step in flight; the others go on."""
         log.exception("a step failed; its requests end with an error")
         self.counters.failed_steps += 1
@@ -333,17 +339,12 @@ class Engine:
         if self.runner.recover():
             self.state, ids = scheduler.fail_running(self.state)
             failed.update(ids)
-        return self._report(self._mark_failed(failed, error))
-
-    def _mark_failed(self, ids: set[str], error: Exception) -> list[Group]:
-        groups = {}
-        for request_id in ids:
+        for request_id in failed:
             group, track = self._tracks[request_id]
             group.error = f"{type(error).__name__}: {error}"
             track.end(FinishReason.ERROR)
             group.changed.add(track.index)
-            groups[group.request.id] = group
-        return list(groups.values())
+            self._touched[group.request.id] = group
 
     def close(self) -> None:
         """Ends everything and frees the device memory."""

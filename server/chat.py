@@ -87,7 +87,7 @@ class Chat:
         (output,) = outputs
         if output.error is not None:
             raise failed_request(output.error)
-        self._count(output)
+        self.usage.add(0, output)
         choices = [self._message(completion) for completion in output.outputs]
         body = {**self._head("chat.completion"), "choices": choices, "usage": self.usage.body()}
         if output.prompt_logprobs is not None:
@@ -100,7 +100,7 @@ class Chat:
 
     def chunk(self, prompt: int, output: RequestOutput, usage: bool) -> list[dict[str, Any]]:
         """The chunks of a DELTA output. `prompt`: always 0, a conversation is one prompt."""
-        self._count(output)
+        self.usage.add(0, output)
         chunks = []
         for completion in output.outputs:
             choice = self._choice(completion.index)
@@ -121,9 +121,6 @@ class Chat:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _count(self, output: RequestOutput) -> None:
-        self.usage.add(0, output, output.metrics.num_generation_tokens)
 
     def _choice(self, index: int) -> Choice:
         choice = self._choices.get(index)

@@ -51,7 +51,7 @@ class Completions:
         for prompt, output in enumerate(outputs):
             if output.error is not None:
                 raise failed_request(output.error)
-            self._count(prompt, output)
+            self.usage.add(prompt, output)
             for completion in output.outputs:
                 choices.append(self._choice(prompt, output, completion, first=True))
                 if output.prompt_logprobs is not None:
@@ -60,7 +60,7 @@ class Completions:
 
     def chunk(self, prompt: int, output: RequestOutput, usage: bool) -> list[dict[str, Any]]:
         """The chunks of a DELTA output: one for each sample that has something new."""
-        self._count(prompt, output)
+        self.usage.add(prompt, output)
         chunks = []
         for completion in output.outputs:
             index = self._index(prompt, completion)
@@ -79,9 +79,6 @@ class Completions:
     @property
     def _prompt_only(self) -> bool:
         return self.body.echo and self.body.max_tokens == 0
-
-    def _count(self, prompt: int, output: RequestOutput) -> None:
-        self.usage.add(prompt, output, generated=0 if self._prompt_only else output.metrics.num_generation_tokens)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

@@ -85,37 +85,39 @@ async def finals(streams: Sequence[Stream[Output]]) -> list[Output]:
         return [await stream.last() for stream in streams]
 
 
-async def interleaved(streams: Sequence[Stream], interval: int = 1) -> AsyncIterator[tuple[int, RequestOutput]]:
-    """(number of the stream, output) of several streams as they come. interval: tokens that an output has at least, but for
-    the last one of a stream."""
-    if len(streams) == 1:
-        async for output in _spaced(streams[0], interval):
-            yield 0, output
-        return
-    queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException] = asyncio.Queue()
+def outputs_of(streams: Sequence[Stream[RequestOutput]], interval: int = 1) -> AsyncIterator[RequestOutput]:
+    """The outputs of several streams as they come. interval: tokens that an output has at least, but for the last one of a
+    stream. One stream is handed on as it is: this runs for every token."""
+    if len(streams) > 1:
+        return _interleaved(streams, interval)
+    return streams[0] if interval == 1 else _spaced(streams[0], interval)
 
-    async def pump(number: int, stream: Stream) -> None:
+
+async def _interleaved(streams: Sequence[Stream[RequestOutput]], interval: int) -> AsyncIterator[RequestOutput]:
+    queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+
+    async def pump(stream: Stream[RequestOutput]) -> None:
         try:
             async for output in _spaced(stream, interval):
-                queue.put_nowait((number, output))
+                queue.put_nowait(output)
         except Exception as error:
             queue.put_nowait(error)
 
-    tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     open_streams = len(streams)
     try:
         while open_streams:
             item = await queue.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
-            open_streams -= item[1].finished
+            open_streams -= item.finished
             yield item
     finally:
         for task in tasks:
             task.cancel()
 
 
-async def _spaced(stream: Stream, interval: int) -> AsyncIterator[RequestOutput]:
+async def _spaced(stream: Stream[RequestOutput], interval: int) -> AsyncIterator[RequestOutput]:
     held: RequestOutput | None = None
     async for output in stream:
         held = output if held is None else merged(held, output, stream.params.output_kind)
@@ -136,14 +138,15 @@ async def openai_events(streams: Sequence[Stream], answer: Answer, usage: tuple[
                         interval: int = 1) -> AsyncGenerator[bytes, None]:  # fmt: skip
     """OpenAI's stream: chunks, perhaps one with usage, [DONE]. An error is an event too: the headers are long gone.
     usage: (a last chunk with it, it in every chunk)."""
+    numbers = {stream.request_id: number for number, stream in enumerate(streams)}
     with closing(streams):
         try:
-            async for prompt, output in interleaved(streams, interval):
+            async for output in outputs_of(streams, interval):
                 if output.error is not None:
                     raise failed_request(output.error)
-                chunks = answer.chunk(prompt, output, usage[1])
+                chunks = answer.chunk(numbers[output.request_id], output, usage[1])
                 if chunks:
-                    yield b"".join([event(chunk) for chunk in chunks])
+                    yield event(chunks[0]) if len(chunks) == 1 else b"".join(map(event, chunks))
             if usage[0]:
                 yield event(answer.usage_chunk())
         except RequestError as error:

@@ -17,6 +17,9 @@ FINE_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 
 COARSE_BUCKETS = (0.1, 0.5, 1)
 QUIET = frozenset({"/metrics", "/health", "/load", "/ping", "/version"})  # asked all the time by machines: not counted
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+# Of scope["extensions"]: sends a piece of a body past the layers between here and the endpoint, which look at the start of a
+# response only. A stream sends thousands of pieces.
+DIRECT = "jaxpaged.send"
 NO_HANDLER, OTHER_METHOD = "none", "other"  # whatever clients invent, the number of series has a bound
 CLIENT_LEFT, FAILED = 499, 500  # the status of a request that was not answered
 
@@ -90,6 +93,7 @@ class HttpMetrics:
         exchange, arrived, began = Exchange(receive, send), dict(scope), time.perf_counter()
         load = int(scope["method"] == "POST")
         self.totals.in_flight += load
+        scope.setdefault("extensions", {})[DIRECT] = exchange.send
         try:
             await self.app(scope, exchange.receive, exchange.send)
         except Exception:

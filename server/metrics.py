@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpaged.async_engine import StepReport, Stream
+from jaxpaged.async_engine import StepReport, StepTimes, Stream
 from jaxpaged.engine import Counters
 from jaxpaged.request import (
     EmbeddingRequestOutput,
@@ -81,7 +81,8 @@ class Metrics:
 
     def stepped(self, report: StepReport, streams: dict[str, Stream]) -> None:
         self.stats = report.stats
-        self._count_step(report)
+        for step in report.steps:
+            self._count_step(step)
         gaps = Gaps([], [])
         for output in report.outputs:
             stream = streams.get(output.request_id)
@@ -99,10 +100,10 @@ class Metrics:
         if value is not None:
             self._histograms[name].observe(value)
 
-    def _count_step(self, report: StepReport) -> None:
-        self._observe("iteration_tokens_total", report.num_tokens or None)
-        self._observe("step_host_seconds", report.seconds - report.waited)
-        self._observe("step_device_wait_seconds", report.waited)
+    def _count_step(self, step: StepTimes) -> None:
+        self._observe("iteration_tokens_total", step.num_tokens or None)
+        self._observe("step_host_seconds", step.seconds - step.waited)
+        self._observe("step_device_wait_seconds", step.waited)
 
     def _count_tokens(self, output: RequestOutput, kind: RequestOutputKind, gaps: Gaps, at: float) -> None:
         progress = self._progress.get(output.request_id)

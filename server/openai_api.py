@@ -52,7 +52,8 @@ async def completions(service: Service, request: Request) -> Response:
     prompts = [await prompt_ids(service, body, one) for one in split_prompts(body.prompt, service.options.max_num_prompts)]
     submits = [partial(service.submit, asked, ids, params, text=text, priority=body.priority, cache_salt=body.cache_salt)
                for text, ids in prompts]  # fmt: skip
-    answer = Completions(asked.request_id, model, body, _names(service, body), _usage(service))
+    usage = Usage(service.options.enable_prompt_tokens_details, prompt_only=body.echo and body.max_tokens == 0)
+    answer = Completions(asked.request_id, model, body, _names(service, body), usage)
     return await _answer(service, request, body, answer, submit_all(submits))
 
 
@@ -78,7 +79,8 @@ async def chat_completions(service: Service, request: Request) -> Response:
     model = service.model(body.model)
     asked = asked_by(request, body.request_id, "chatcmpl")
     stream, prompt = await start_chat(service, body, asked)
-    answer = Chat(asked.request_id, model, body, prompt, _names(service, body), _usage(service), service.options.response_role,
+    usage = Usage(service.options.enable_prompt_tokens_details)
+    answer = Chat(asked.request_id, model, body, prompt, _names(service, body), usage, service.options.response_role,
                   parser_maker(service, body, prompt))  # fmt: skip
     return await _answer(service, request, body, answer, [stream])
 
@@ -150,7 +152,3 @@ async def _answer(service: Service, request: Request, body: Sampled, answer: Any
 def _names(service: Service, body: Sampled) -> TokenNames:
     asked = body.return_tokens_as_token_ids
     return TokenNames(service.tokenizer, service.options.return_tokens_as_token_ids if asked is None else asked)
-
-
-def _usage(service: Service) -> Usage:
-    return Usage(service.options.enable_prompt_tokens_details)

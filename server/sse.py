@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
@@ -13,6 +14,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from jaxpaged_server.http_metrics import DIRECT
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,20 +36,20 @@ class ClientGone(Exception):
 
 
 class Watch:
-    """Drops clients that have not read for `timeout` seconds: everybody who sends registers here. 0: nobody is dropped."""
+    """Drops clients that have not read for `timeout` seconds. 0: nobody is dropped."""
 
     def __init__(self, timeout: float):
         self.timeout = timeout
-        self._sending: dict[EventStream, float] = {}
+        self._streams: set[EventStream] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, stream: EventStream) -> None:
-        self._sending[stream] = time.monotonic()
+    def add(self, stream: EventStream) -> None:
+        self._streams.add(stream)
         if self._timer is None and self.timeout:
             self._later()
 
-    def end(self, stream: EventStream) -> None:
-        self._sending.pop(stream, None)
+    def remove(self, stream: EventStream) -> None:
+        self._streams.discard(stream)
 
     def _later(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(min(1.0, self.timeout / 4), self._look)
@@ -54,10 +57,10 @@ class Watch:
     def _look(self) -> None:
         self._timer = None
         oldest = time.monotonic() - self.timeout
-        for stream in [stream for stream, since in self._sending.items() if since < oldest]:
+        for stream in [stream for stream in self._streams if stream.sending_since < oldest]:
             log.warning("dropping a client that has not read for %s s", self.timeout)
             stream.drop()
-        if self._sending:
+        if self._streams:
             self._later()
 
 
@@ -79,29 +82,31 @@ class EventStream(Response):
         self._writer: asyncio.Task[Any] | None = None
         self._abort = lambda: None
         self._gone = False
+        self.sending_since = math.inf  # monotonic time at which a piece was given to the HTTP server that it has not taken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._writer = asyncio.current_task()
         self._abort = scope.get("extensions", {}).get(ABORT, self._abort)
         watcher = asyncio.create_task(self._wait_for_end(receive))
+        self.watch.add(self)
         try:
-            await self._send_all(send)
+            await self._send_all(send, scope.get("extensions", {}).get(DIRECT, send))
         except asyncio.CancelledError:
             if not self._gone:  # it is the server that stops
                 raise
         finally:
             watcher.cancel()
-            self.watch.end(self)
+            self.watch.remove(self)
             await self.events.aclose()
             for one in self.closes:
                 one.close()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, send_piece: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for data in self.events:
-            self.watch.begin(self)
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-            self.watch.end(self)
+            self.sending_since = time.monotonic()
+            await send_piece({"type": "http.response.body", "body": data, "more_body": True})
+            self.sending_since = math.inf
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _wait_for_end(self, receive: Receive) -> None:

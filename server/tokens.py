@@ -119,7 +119,7 @@ class Generated:
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         if output.error is not None:
             raise failed_request(output.error)
-        self._count(output)
+        self.usage.add(0, output)
         scores = prompt_logprobs(output.prompt_logprobs)
         return {
             **self._body([self._choice(one) for one in output.outputs]),
@@ -128,15 +128,12 @@ class Generated:
         }
 
     def chunk(self, prompt: int, output: RequestOutput, usage: bool) -> list[dict[str, Any]]:
-        self._count(output)
+        self.usage.add(0, output)
         chunk = self._body([self._choice(one) for one in output.outputs])
         return [{**chunk, "usage": self.usage.body()} if usage else chunk]
 
     def usage_chunk(self) -> dict[str, Any]:
         return {**self._body([]), "usage": self.usage.body()}
-
-    def _count(self, output: RequestOutput) -> None:
-        self.usage.add(0, output, output.metrics.num_generation_tokens)
 
     def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"request_id": self.request_id, "model": self.model, "choices": choices}

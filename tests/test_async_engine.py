@@ -192,7 +192,7 @@ def test_when_the_engine_s_thread_dies_everybody_learns_why(monkeypatch, caplog)
     async def test(engine):
         stream = engine.submit("a", [1], params(max_tokens=60))
         await stream.__anext__()
-        monkeypatch.setattr(engine.engine, "step", lambda: 1 / 0)
+        monkeypatch.setattr(engine.engine, "step", lambda report: 1 / 0)
         with pytest.raises(EngineDeadError, match="division by zero"):
             await stream.last()
         with pytest.raises(EngineDeadError, match="division by zero"):

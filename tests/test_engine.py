@@ -174,3 +174,25 @@ def test_page_waste_is_at_most_one_partly_filled_page_a_sequence():
         seats = e.state.seats
         waste = seats.num_pages * 4 - seats.num_computed
         assert (waste[seats.active] < 4).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(reports=st.lists(st.booleans(), min_size=1, max_size=40), n=st.integers(1, 3), aborted=st.booleans())
+def test_what_is_not_reported_at_once_comes_with_the_next_report(reports, n, aborted):
+    e = engine()
+    params = SamplingParams(temperature=1, seed=1, n=n, max_tokens=12, output_kind=RequestOutputKind.DELTA)
+    e.submit("a", [1, 2, 3], params)
+    e.submit("b", [1, 2, 4], final())
+    tokens, finals = {i: [] for i in range(n)}, []
+    for number, report in enumerate(reports + [True] * 60):
+        if aborted and number == 5:
+            e.abort("b")
+        outputs = e.step(report)
+        assert report or not outputs
+        for output in outputs:
+            finals += [output.request_id] * output.finished
+            for completion in output.outputs if output.request_id == "a" else ():
+                tokens[completion.index] += completion.token_ids
+    assert sorted(finals) == ["a", "b"] and not e.has_work
+    assert all(found == paper_tokens([1, 2, 3], 12, VOCAB, EOS) for found in tokens.values())
+    assert e.stats().num_held_pages == 0

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Mount, Route
 
-from jaxpaged.async_engine import AsyncEngine, StepReport, Stream
+from jaxpaged.async_engine import AsyncEngine, StepReport, StepTimes, Stream
 from jaxpaged.batch import ladder
 from jaxpaged.engine import Counters, Engine
 from jaxpaged.request import (
@@ -279,7 +279,7 @@ def told(request_id: str, tokens: dict[int, int], first: float, last: float, fin
 def step(metrics: Metrics, wanted: SamplingParams, *outputs: RequestOutput) -> None:
     streams = {o.request_id: Stream(None, o.request_id, wanted, 2) for o in outputs}
     at = max(o.metrics.last_token_time for o in outputs)
-    metrics.stepped(StepReport(list(outputs), NOTHING, 1, 0.25, 0.125, at), streams)
+    metrics.stepped(StepReport(list(outputs), NOTHING, [StepTimes(1, 0.25, 0.125)], at), streams)
 
 
 def test_time_between_tokens_is_that_of_each_sample():
