@@ -76,12 +76,12 @@ def usage_options(options: StreamOptions | None, force: bool) -> tuple[bool, boo
 
 def truncated(ids: list[int], limit: int | None, side: str, max_model_len: int) -> list[int]:
     """truncate_prompt_tokens: the last (side "left") or first so many tokens of a prompt; -1: as many as the model takes."""
+    if side not in ("left", "right"):
+        raise RequestError(f"truncation_side must be left or right, got {side!r:.80}.", "truncation_side")
     if limit is None:
         return ids
     if limit < -1 or limit == 0:
         raise RequestError(f"truncate_prompt_tokens must be -1 or at least 1, got {limit}.", "truncate_prompt_tokens")
-    if side not in ("left", "right"):
-        raise RequestError(f"truncation_side must be left or right, got {side!r:.80}.", "truncation_side")
     keep = max_model_len - 1 if limit == -1 else limit
     if len(ids) <= keep:
         return ids
