@@ -70,7 +70,7 @@ bench: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.latency --json results/latency.json
 	$(BIN)/python -m benchmarks.throughput --json results/throughput.json
 	$(BIN)/python -m benchmarks.sampler --json results/sampler.json
-	for part in null soak leave model; do $(BIN)/python -m benchmarks.serving $$part --json results/serving-$$part.json; done
+	for part in null soak leave model; do $(BIN)/python -m benchmarks.serving $$part --json results/serving-$$part.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -70,15 +70,13 @@ class Observer(Protocol):
 
 class Stream(Generic[Output]):
     """The outputs of one request, in order: iterate over it, inside `with`. Outputs that come while nobody reads are
-    merged into one, so a slow reader costs no more than the text. `unread_since`: monotonic time of the oldest output
-    that has not been read, None if all have. `trace_headers`: the caller's W3C trace context, for those who observe."""
+    merged into one, so a slow reader costs no more than the text. `trace_headers`: the caller's W3C trace context, for
+    those who observe."""
 
     def __init__(self, engine: AsyncEngine, request_id: str, params: SamplingParams | PoolingParams, num_prompt_tokens: int,
                  trace_headers: Mapping[str, str] | None = None):  # fmt: skip
         self.request_id, self.params, self.num_prompt_tokens = request_id, params, num_prompt_tokens
         self.trace_headers = trace_headers
-        self.submitted_at = time.monotonic()
-        self.unread_since: float | None = None
         self.finished = False  # the last output has been read, or nobody wants it
         self._engine = engine
         self._unread: Output | None = None
@@ -102,7 +100,7 @@ class Stream(Generic[Output]):
                 raise StopAsyncIteration
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
-        output, self._unread, self.unread_since = self._unread, None, None
+        output, self._unread = self._unread, None
         self.finished = output.finished
         return output
 
@@ -126,7 +124,7 @@ class Stream(Generic[Output]):
         if self.finished:
             return
         if self._unread is None:
-            self._unread, self.unread_since = output, time.monotonic()
+            self._unread = output
         else:
             self._unread = merged(self._unread, output, self.params.output_kind)
         self._wake()

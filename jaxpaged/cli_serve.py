@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Annotated, Any
@@ -44,7 +45,7 @@ SERVER_HELP: dict[str, tuple[str, str]] = {
     "default_chat_template_kwargs": (CHAT, "JSON object: variables of the chat template."),
     "trust_request_chat_template": (CHAT, "Requests may bring their own chat template (it runs in a sandbox)."),
     "response_role": (CHAT, "Role of the answer."),
-    "tool_call_parser": (CHAT, "How the model writes tool calls: hermes, llama3_json, mistral, qwen3_coder, pythonic."),
+    "tool_call_parser": (CHAT, "How the model writes tool calls: hermes, llama3_json, mistral, qwen3_coder, qwen, pythonic."),
     "enable_auto_tool_choice": (CHAT, "Taken for vLLM's sake: on whenever there is a tool call parser."),
     "exclude_tools_when_tool_choice_none": (CHAT, 'tool_choice "none" keeps the tools out of the prompt.'),
     "reasoning_parser": (CHAT, "How the model marks its reasoning: deepseek_r1, qwen3."),
@@ -144,8 +145,6 @@ def serve(
 
 def server_options(flags: dict[str, Any]) -> ServerOptions:
     """The server's part of the flags."""
-    import os
-
     given = {f.name: flags[f.name] for f in fields(ServerOptions) if f.name in flags}
     for name in MANY & given.keys():
         given[name] = tuple(given[name])

@@ -27,8 +27,6 @@ from jaxpaged.request import (
 )
 from jaxpaged.tokenizer import Tokenizer
 
-GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
 
 class Metric(NamedTuple):
     """A number about the engine: `kind` is "counter" (grows) or "gauge"."""
@@ -186,13 +184,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """vLLM's defaults, changed by the model's generation_config.json (unless generation_config="vllm")."""
-        if self.config.generation_config == "vllm":
-            return SamplingParams()
-        given = self._built.generation_config
-        changes = {key: given[key] for key in GENERATION_KEYS if given.get(key) is not None}
-        if given.get("max_new_tokens"):
-            changes["max_tokens"] = given["max_new_tokens"]
-        return SamplingParams(**changes)
+        return SamplingParams(**self._built.sampling_defaults)
 
     def get_metrics(self) -> list[Metric]:
         """Counters and gauges of the engine, by vLLM's names where it has them."""

@@ -123,8 +123,8 @@ class Service:
 
     def abort(self, request_ids: Sequence[str] | None) -> int:
         """Aborts requests by the ids that clients know; None: all of them. Returns how many there were."""
-        public = lambda own: own.rpartition("-")[0]
-        own = [i for i in self.engine.streams if request_ids is None or public(i) in request_ids]
+        public, wanted = (lambda own: own.rpartition("-")[0]), set(request_ids or ())
+        own = [i for i in self.engine.streams if request_ids is None or public(i) in wanted]
         for i in own:
             self.engine.abort(i)
         return len(own)
