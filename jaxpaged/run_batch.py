@@ -207,8 +207,8 @@ async def _answer(client: httpx2.AsyncClient, item: Item) -> dict[str, Any]:
     except (httpx2.ConnectError, httpx2.ConnectTimeout) as gone:
         raise ConnectionError(f"no answer from {client.base_url} ({gone or type(gone).__name__}). What is answered is kept: "
                               "the same command goes on from there.") from None  # fmt: skip
-    except httpx2.TransportError as broken:
-        error = {"code": type(broken).__name__, "message": str(broken) or "the connection broke"}
+    except httpx2.TransportError as broken:  # which kind depends on what arrived first
+        error = {"code": "connection_error", "message": f"the connection broke ({broken or type(broken).__name__})"}
     return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": item.custom_id, "response": response, "error": error}
 
 

@@ -167,7 +167,7 @@ def test_a_broken_connection_is_an_error_line(files):
 
     flags = files(line("a"))
     assert asyncio.run(serve_once())[:2] == (1, 1)
-    assert answers(flags)["a"]["response"] is None and answers(flags)["a"]["error"]["code"] == "RemoteProtocolError"
+    assert answers(flags)["a"]["response"] is None and answers(flags)["a"]["error"]["code"] == "connection_error"
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------

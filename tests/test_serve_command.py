@@ -208,7 +208,7 @@ class Stream:
     def _read(self, base_url: str) -> None:
         body = {"prompt": "x", "stream": True, "max_tokens": 60}
         ask = httpx.stream("POST", f"{base_url}/v1/completions", json=body, timeout=30)
-        with contextlib.suppress(httpx.RemoteProtocolError), ask as reply:
+        with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError), ask as reply:
             for line in reply.iter_lines():
                 self._begun.set()
                 self.whole = self.whole or line == "data: [DONE]"
