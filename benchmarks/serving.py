@@ -1,6 +1,7 @@
 """The server under load, four measurements:
 
-python -m benchmarks.serving null      200 streams of a model that takes no time: tokens/s, and how long a token is under way
+python -m benchmarks.serving null      200 streams of a model that takes no time: tokens/s; and how long a token is under way
+                                       from one that makes 200 tokens in 9 ms
 python -m benchmarks.serving soak      100,000 requests: memory, pages, tasks
 python -m benchmarks.serving leave     1,000 clients that connect and leave at random moments
 python -m benchmarks.serving model     a real model, 32 clients, beside the offline engine on the same prompts
@@ -22,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from benchmarks.null_server import CLOCK
 
 HOST = "127.0.0.1"
 STAMPS = re.compile(rb'"text":"((?:\d{7} )+)"')
-LOOK = 0.004  # seconds; a client that is woken for each token costs more than the server
+LOOK, LOOKS = 0.001, 10  # seconds between looks for new tokens; looks of the probes to one of the others
+TAIL = 600  # bytes at the end of a stream that have its last events
+BUFFER = memoryview(bytearray(2**18))  # one for all streams: an answer that is not measured is not worth memory of its own
 REQUEST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
 TICK = os.sysconf("SC_CLK_TCK")
 
@@ -139,13 +142,14 @@ class Reader:
 
     def read(self) -> bool:
         """Takes what is there. True at the end of the stream."""
-        data = self.socket.recv(2**18)
+        size = self.socket.recv_into(BUFFER)
+        data = bytes(BUFFER[:size] if self.probe else BUFFER[max(0, size - TAIL) : size])
         if self.probe:
             now = time.monotonic()
             clock = int(now * 1e6) % CLOCK
             for match in STAMPS.finditer(data):
                 self.late.extend((now, (clock - int(stamp)) % CLOCK) for stamp in match[1].split())
-        self.tail = (self.tail + data)[-600:]
+        self.tail = (self.tail + data)[-TAIL:]
         if data and b"data: [DONE]" not in self.tail:
             return False
         self.socket.close()
@@ -157,38 +161,57 @@ class Reader:
         return int(found[1]) if found else 0
 
 
+class Readers:
+    """Streams that are looked at together."""
+
+    def __init__(self, readers: Iterable[Reader]):
+        self.open = {reader.socket.fileno(): reader for reader in readers}
+        self._poll = select.epoll()
+        for number in self.open:
+            self._poll.register(number, select.EPOLLIN)
+
+    def read(self) -> None:
+        for number, _ in self._poll.poll(0):
+            if self.open[number].read():
+                del self.open[number]
+
+
 def stream_all(port: int, clients: int, tokens: int) -> dict[str, float]:
-    """Every client streams `tokens` tokens at once, and looks for new ones every LOOK seconds. Latency: from sampling to this
-    process, of every tenth client, without the first tenth of the time, in which the requests arrive."""
+    """Every client streams `tokens` tokens at once. Latency: from sampling to this process, of every tenth client, without the
+    first tenth of the time, in which the requests arrive. These look for new tokens every LOOK seconds, the others now and then:
+    200 clients that are woken for each token would cost more than the server, on the same cores."""
     start = time.monotonic()
-    readers = {reader.socket.fileno(): reader for reader in (Reader(port, tokens, i % 10 == 0) for i in range(clients))}
-    poll, unread = select.epoll(), len(readers)
-    for number in readers:
-        poll.register(number, select.EPOLLIN)
-    while unread:
-        for number, _ in poll.poll():
-            unread -= readers[number].read()
-        time.sleep(LOOK)
+    readers = [Reader(port, tokens, i % 10 == 0) for i in range(clients)]
+    probes, others = (Readers(reader for reader in readers if reader.probe is probe) for probe in (True, False))
+    while probes.open or others.open:
+        for _ in range(LOOKS):
+            probes.read()
+            time.sleep(LOOK)
+        others.read()
     seconds = time.monotonic() - start
-    assert all(reader.num_tokens == tokens for reader in readers.values()), "a stream was cut short"
-    late = sorted(micros for reader in readers.values() for at, micros in reader.late if at > start + 0.1 * seconds)
+    assert all(reader.num_tokens == tokens for reader in readers), "a stream was cut short"
+    late = sorted(micros for reader in readers for at, micros in reader.late if at > start + 0.1 * seconds)
     at = lambda share: late[int(share * (len(late) - 1))] / 1000
     return {"tokens_per_s": clients * tokens / seconds, "p50_ms": at(0.5), "p99_ms": at(0.99), "max_ms": at(1)}
 
 
 def null(args: argparse.Namespace) -> dict[str, Any]:
-    command = ["benchmarks.null_server", "--max-num-seqs", "256", "--step-ms", str(args.step_ms)]
-    with serving(command) as server:
+    """Twice: as fast as it goes, where a token waits because everything is busy; and at the pace of a device that takes
+    step_ms for a step, where what a token waits is what the server adds."""
+    found = dict[str, Any]()
+    for pace, step_ms in (("full", 0.0), ("paced", args.step_ms)):
+        with serving(["benchmarks.null_server", "--max-num-seqs", "256", "--step-ms", str(step_ms)]) as server:
+            median = common.median_of(args.runs, lambda run: _measure(server, args, f"{pace} {run}"))
+        found |= {f"{pace}_{name}": value for name, value in median.items()}
+    return found
 
-        def measure(run: int) -> dict[str, float]:
-            before = server.cpu_seconds()
-            found = stream_all(server.port, args.clients, args.tokens)
-            cpu = server.cpu_seconds() - before
-            found["server_cpu_us_per_token"] = cpu * 1e6 / (args.clients * args.tokens)
-            print(f"  run {run}: " + ", ".join(f"{k} {v:,.1f}" for k, v in found.items()), flush=True)
-            return found
 
-        return common.median_of(args.runs, measure)
+def _measure(server: Server, args: argparse.Namespace, run: str) -> dict[str, float]:
+    before = server.cpu_seconds()
+    found = stream_all(server.port, args.clients, args.tokens)
+    found["server_cpu_us_per_token"] = (server.cpu_seconds() - before) * 1e6 / (args.clients * args.tokens)
+    print(f"  run {run}: " + ", ".join(f"{k} {v:,.1f}" for k, v in found.items()), flush=True)
+    return found
 
 
 # -- soak and leave: nothing is left behind -------------------------------------------------------------------------------
@@ -288,7 +311,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--clients", type=int)
     parser.add_argument("--tokens", type=int, default=500, help="null: of each stream")
-    parser.add_argument("--step-ms", type=float, default=0.0, help="null: how long the pretended device takes for a step")
+    parser.add_argument("--step-ms", type=float, default=9.0, help="null: how long the pretended device takes for a step")
     parser.add_argument("--requests", type=int, default=100_000, help="soak")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--runs", type=int, default=5)

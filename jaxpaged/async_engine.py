@@ -320,14 +320,14 @@ class AsyncEngine:
     def _step(self) -> None:
         """One step. While the loop is still busy with the last report there is no new one: tokens gather in the engine, and
         come in fewer and longer outputs."""
-        report = self._taken.is_set()
-        if not report and self.engine.only_reports:
-            self._taken.wait(0.1)
+        if self.engine.only_reports and not self._taken.wait(0.1):
             return
         counters = self.engine.counters
         tokens, waited, began = counters.computed_tokens, counters.wait_time, time.monotonic()
         self.step_began = began
-        outputs = self.engine.step(report)
+        self.engine.advance()
+        report = self._taken.is_set()  # now, not before: the loop works while the device does
+        outputs = self.engine.take_outputs() if report else []
         self.step_began = None
         at = time.monotonic()
         self._steps.append(StepTimes(counters.computed_tokens - tokens, at - began, counters.wait_time - waited))

@@ -156,7 +156,7 @@ class Engine:
 
     @property
     def only_reports(self) -> bool:
-        """Nothing is left to compute: `step` would only report."""
+        """Nothing is left to compute: there are only outputs to take."""
         return not (self._inbox or self._in_flight or len(self.state.slot_of) or len(self.state.waiting))
 
     @property
@@ -171,10 +171,13 @@ class Engine:
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
-    def step(self, report: bool = True) -> list[EngineOutput]:
-        """Takes events, dispatches at most one batch, and reads the oldest one that has run. Returns what is new since the last
-        report. Without `report` nothing is returned and what is new is kept: a caller who has not yet passed on the last
-        outputs saves the cost of making more of them."""
+    def step(self) -> list[EngineOutput]:
+        """`advance`, and what is new."""
+        self.advance()
+        return self.take_outputs()
+
+    def advance(self) -> None:
+        """Takes events, dispatches at most one batch, and reads the oldest one that has run."""
         start = time.perf_counter()
         self._take_events()
         batch_ = self._schedule()
@@ -188,7 +191,19 @@ class Engine:
             if sampled is not None:
                 self._commit(self._in_flight.popleft(), sampled)
         self._count_queued()
-        outputs = self._report() if report else []
+        self.counters.host_time += time.perf_counter() - start
+
+    def take_outputs(self) -> list[EngineOutput]:
+        """What is new since they were taken last. Whoever has not yet passed on the last ones had better wait: fewer, longer
+        outputs cost less."""
+        start = time.perf_counter()
+        outputs, touched, self._touched = list[EngineOutput](), self._touched, {}
+        for group in touched.values():
+            output = group.output()
+            if output is not None:
+                outputs.append(output)
+            if group.finished:
+                self._forget(group)
         self.counters.host_time += time.perf_counter() - start
         return outputs
 
@@ -307,16 +322,6 @@ class Engine:
             at = int(step.batch.query_start[row])
             count = int(step.plan.num_tokens[row])
             entry[0].score_prompt(int(step.plan.start[row]), count, sampled.prompt_logprobs, at, self.tokenizer)
-
-    def _report(self) -> list[EngineOutput]:
-        outputs, touched, self._touched = [], self._touched, {}
-        for group in touched.values():
-            output = group.output()
-            if output is not None:
-                outputs.append(output)
-            if group.finished:
-                self._forget(group)
-        return outputs
 
     def _forget(self, group: Group) -> None:
         for track in group.tracks:

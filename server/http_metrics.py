@@ -81,7 +81,7 @@ class Exchange:
 
 
 class HttpMetrics:
-    """Counts what passes through to a Starlette application or its inner middleware. A response lasts until its last byte
+    """Counts what passes through to a Starlette application. A response lasts until its last byte
     is sent; one that never began counts as 499 (the client left) or 500 (the application raised)."""
 
     def __init__(self, app: ASGIApp, metrics: HasHttpTotals):

@@ -5,6 +5,7 @@ both agree, chunking, sharing, copying, preemption, padding, slots and overlap a
 from __future__ import annotations
 
 import hashlib
+import time
 
 import numpy as np
 
@@ -45,12 +46,12 @@ def paper_vector(prompt: list[int], pooling: str) -> np.ndarray:
 
 class FakeRunner:
     """A `Runner` on paper. `fail_at`: numbers of the dispatches that raise. Results are worked out at once and handed
-    out by `collect`, as late as the engine asks for them."""
+    out by `collect`, as late as the engine asks for them. step_seconds: how long that makes it wait."""
 
     embed_dim = EMBED_DIM
 
-    def __init__(self, limits: Limits, fail_at: frozenset[int] = frozenset()):
-        self.limits, self.fail_at = limits, fail_at
+    def __init__(self, limits: Limits, fail_at: frozenset[int] = frozenset(), step_seconds: float = 0.0):
+        self.limits, self.fail_at, self.step_seconds = limits, fail_at, step_seconds
         self.cache = np.full((limits.num_pages, limits.page_size), POISON, np.int64)
         self.last_token = np.full(limits.max_num_seqs, POISON, np.int64)
         self.num_dispatched = 0
@@ -69,6 +70,7 @@ class FakeRunner:
         return self._read_all(batch, num_rows)
 
     def collect(self, handle: Sampled) -> Sampled:
+        time.sleep(self.step_seconds)
         return handle
 
     def recover(self) -> bool:

@@ -22,8 +22,8 @@ VOCAB = 50
 class GatedRunner(FakeRunner):
     """Steps wait until the gate is open."""
 
-    def __init__(self, limits, fail_at=frozenset()):
-        super().__init__(limits, fail_at)
+    def __init__(self, limits, fail_at=frozenset(), step_seconds=0.0):
+        super().__init__(limits, fail_at, step_seconds)
         self.gate = threading.Event()
         self.gate.set()
 
@@ -32,10 +32,10 @@ class GatedRunner(FakeRunner):
         return super().dispatch(batch)
 
 
-def make(fail_at=frozenset(), max_num_seqs=4, **options) -> AsyncEngine:
+def make(fail_at=frozenset(), max_num_seqs=4, step_seconds=0.0, **options) -> AsyncEngine:
     limits = Limits(max_num_seqs=max_num_seqs, max_num_batched_tokens=64, page_size=4, num_pages=200, max_model_len=64,
                     vocab_size=VOCAB)  # fmt: skip
-    runner = GatedRunner(limits, fail_at)
+    runner = GatedRunner(limits, fail_at, step_seconds)
     return AsyncEngine(Engine(limits, runner, ladder(64, max_num_seqs)), **options)
 
 
@@ -81,6 +81,15 @@ def test_many_readers_each_get_the_oracle_s_tokens():
         return await asyncio.gather(*(read(engine, str(i), p, params(max_tokens=20)) for i, p in enumerate(prompts)))
 
     assert run(test, make()) == [paper_tokens(p, 20, VOCAB) for p in prompts]
+
+
+def test_a_token_is_told_at_once_while_the_loop_has_time():
+    async def test(engine):
+        with engine.submit("a", [1, 2], params(max_tokens=14, ignore_eos=True)) as stream:
+            return [len(output.outputs[0].token_ids) async for output in stream]
+
+    told = run(test, make(step_seconds=0.03))
+    assert sum(told) == 14 and len(told) >= 12, "one by one; two merged, where this machine was busy with something else"
 
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
@@ -192,7 +201,7 @@ def test_when_the_engine_s_thread_dies_everybody_learns_why(monkeypatch, caplog)
     async def test(engine):
         stream = engine.submit("a", [1], params(max_tokens=60))
         await stream.__anext__()
-        monkeypatch.setattr(engine.engine, "step", lambda report: 1 / 0)
+        monkeypatch.setattr(engine.engine, "advance", lambda: 1 / 0)
         with pytest.raises(EngineDeadError, match="division by zero"):
             await stream.last()
         with pytest.raises(EngineDeadError, match="division by zero"):

@@ -42,9 +42,9 @@ NOTHING = Stats(0, 0, 0, 0, 39, 0, 0, 0)
 
 def make_engine(**changes) -> Engine:
     base = dict(max_num_seqs=4, max_num_batched_tokens=16, page_size=4, num_pages=40, max_model_len=64, vocab_size=50)
-    fail_at = changes.pop("fail_at", frozenset())
+    fail_at, step_seconds = changes.pop("fail_at", frozenset()), changes.pop("step_seconds", 0.0)
     limits = Limits(**{**base, **changes})
-    return Engine(limits, FakeRunner(limits, fail_at), ladder(limits.max_num_batched_tokens, limits.max_num_seqs))
+    return Engine(limits, FakeRunner(limits, fail_at, step_seconds), ladder(limits.max_num_batched_tokens, limits.max_num_seqs))
 
 
 def make_metrics(counters: Counters, **changes) -> Metrics:
@@ -180,10 +180,11 @@ def test_buckets_are_those_of_vllm():
 
 def test_a_request_that_runs_is_seen_and_one_that_is_aborted_is_counted_as_that():
     async def run() -> tuple[Scrape, Scrape]:
-        async with serving(make_engine(max_num_seqs=1)) as (engine, metrics):
+        async with serving(make_engine(max_num_seqs=1, step_seconds=0.02)) as (engine, metrics):
             running = engine.submit("a", [1, 2, 3], params(max_tokens=60))
             waiting = engine.submit("b", [1, 2, 3], params(max_tokens=60))
-            await anext(running)
+            for _ in range(3):  # the engine knows of both
+                await anext(running)
             during = Scrape(metrics)
             waiting.close()
             running.close()
