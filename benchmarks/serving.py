@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,8 @@ class Readers:
 
 def stream_all(port: int, clients: int, tokens: int) -> dict[str, float]:
     """Every client streams `tokens` tokens at once. Latency: from sampling to this process, of every tenth client, without the
-    first tenth of the time, in which the requests arrive. These look for new tokens every LOOK seconds, the others now and then:
-    200 clients that are woken for each token would cost more than the server, on the same cores."""
+    first tenth of the time, in which the requests arrive. These look for new tokens every LOOK seconds, the others now and
+    then: 200 clients that are woken for each token would cost more than the server, on the same cores."""
     start = time.monotonic()
     readers = [Reader(port, tokens, i % 10 == 0) for i in range(clients)]
     probes, others = (Readers(reader for reader in readers if reader.probe is probe) for probe in (True, False))
@@ -201,12 +202,13 @@ def null(args: argparse.Namespace) -> dict[str, Any]:
     found = dict[str, Any]()
     for pace, step_ms in (("full", 0.0), ("paced", args.step_ms)):
         with serving(["benchmarks.null_server", "--max-num-seqs", "256", "--step-ms", str(step_ms)]) as server:
-            median = common.median_of(args.runs, lambda run: _measure(server, args, f"{pace} {run}"))
+            print(f"  {pace}:", flush=True)
+            median = common.median_of(args.runs, partial(_measure, server, args))
         found |= {f"{pace}_{name}": value for name, value in median.items()}
     return found
 
 
-def _measure(server: Server, args: argparse.Namespace, run: str) -> dict[str, float]:
+def _measure(server: Server, args: argparse.Namespace, run: int) -> dict[str, float]:
     before = server.cpu_seconds()
     found = stream_all(server.port, args.clients, args.tokens)
     found["server_cpu_us_per_token"] = (server.cpu_seconds() - before) * 1e6 / (args.clients * args.tokens)

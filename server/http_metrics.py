@@ -101,6 +101,7 @@ class HttpMetrics:
                 exchange.status = FAILED
             raise
         finally:
+            del scope["extensions"][DIRECT]  # it leads back to the scope
             self.totals.in_flight -= load
             handler = template(scope["app"].routes if "app" in scope else (), arrived)
             if handler not in QUIET:

@@ -83,7 +83,7 @@ def _calm_collector() -> None:
     token makes dozens of objects, next to none of which is garbage that reference counts do not free."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(50_000, 10, 10)
 
 
 def listen(options: ServerOptions) -> socket.socket:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import re
@@ -15,8 +16,10 @@ import openai
 import pytest
 from live_server import LiveServer, serve, wait_until
 from scripted import scripted_engine, scripted_service
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from jaxpaged.async_engine import AsyncEngine
+from jaxpaged_server.http_metrics import Exchange
 from jaxpaged_server.options import ServerOptions
 from jaxpaged_server.service import Service
 
@@ -345,6 +348,21 @@ def test_a_client_that_stops_reading_is_dropped_and_holds_up_nobody(caplog):
         slow.settimeout(5)
         assert b"[DONE]" not in b"".join(iter(lambda: slow.recv(1 << 20), b""))  # it ends in the middle
         slow.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_connection_that_has_ended_needs_no_garbage_collector(stream):
+    """Garbage of thousands of connections, in the oldest generation, looks like a leak."""
+    with serve(limited_service(LONG)) as live:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(8):
+                assert httpx.post(f"{live.base_url}/v1/completions", json={"prompt": "x", "stream": stream}).status_code == 200
+            kept = lambda: sum(isinstance(one, (RequestResponseCycle, Exchange)) for one in gc.get_objects())
+            wait_until(lambda: kept() <= 2, lambda: f"{kept()} objects of connections are kept")
+        finally:
+            gc.enable()
 
 
 async def visit(live: LiveServer, chance: random.Random) -> None:
