@@ -41,6 +41,7 @@ SERVER_HELP: dict[str, tuple[str, str]] = {
     "return_tokens_as_token_ids": (API, 'Logprobs name tokens "token_id:N".'),
     "enable_prompt_tokens_details": (API, "Usage with the number of cached prompt tokens."),
     "enable_force_include_usage": (API, "Every stream ends with its usage."),
+    "stream_interval": (API, "Tokens that a chunk of a stream has at least."),
     "enable_request_id_headers": (API, "Answers carry X-Request-Id."),
     "default_chat_template_kwargs": (CHAT, "JSON object: variables of the chat template."),
     "trust_request_chat_template": (CHAT, "Requests may bring their own chat template (it runs in a sandbox)."),
@@ -56,7 +57,7 @@ SERVER_HELP: dict[str, tuple[str, str]] = {
     "watchdog_timeout": (LIMITS, "Seconds after which a step is said to hang; 0: never."),
     "slow_client_timeout": (LIMITS, "Seconds after which a client that does not read its stream is dropped; 0: never."),
     "enable_log_requests": (OBSERVING, "Log each request and its parameters."),
-    "enable_log_outputs": (OBSERVING, "Log what is generated (not of streams)."),
+    "enable_log_outputs": (OBSERVING, "Log what is generated."),
     "max_log_len": (OBSERVING, "Most characters of a logged text."),
     "disable_uvicorn_access_log": (OBSERVING, "No line for each HTTP request."),
     "log_level": (OBSERVING, "critical, error, warning, info, debug."),
@@ -72,7 +73,6 @@ NOTED: dict[str, bool] = {
     "chat_template_content_format": True, "h11_max_incomplete_event_size": True, "h11_max_header_count": True,
     "use_v2_block_manager": False, "num_scheduler_steps": True, "max_seq_len_to_capture": True, "guided_decoding_backend": True,
     "numa_bind": False, "optimization_level": True, "performance_mode": True, "prefix_caching_hash_algo": True,
-    "stream_interval": True,
 }  # fmt: skip
 
 

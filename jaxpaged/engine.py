@@ -149,6 +149,10 @@ class Engine:
         """What runs, what waits, where the pages are."""
         return scheduler.stats(self.state)
 
+    def num_cached_tokens(self, sequence_id: str) -> int:
+        """Prompt tokens that a sequence found in the cache when it was admitted."""
+        return self._tracks[sequence_id][0].num_cached_tokens or 0
+
     @property
     def num_queued(self) -> int:
         """Requests beyond those that have a slot to run in. May be read from any thread."""

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from jaxpaged.async_engine import EngineDeadError, Stream
 from jaxpaged.request import RequestError, RequestOutput, SamplingParams
 from jaxpaged_server.errors import failed_request
-from jaxpaged_server.exchange import asked_by, closing, finals, log_output
+from jaxpaged_server.exchange import asked_by, closing, finals, outputs_of
 from jaxpaged_server.openai_api import parser_maker, start_chat
 from jaxpaged_server.parts import Parts, widths
 from jaxpaged_server.replies import json_reply
@@ -59,20 +59,19 @@ async def start(service: Service, request: Request, chat: ChatRequest, prefix: s
 async def reply(service: Service, request: Request, stream: Stream, answer: Answer, streamed: bool) -> Response:
     """The answer to a request: its events as they come, or its body."""
     if streamed:
-        return EventStream(events(stream, answer), service.watch, [stream])
+        return EventStream(events(stream, answer, service.options.stream_interval), service.watch, [stream])
     (output,) = await until_gone(request, finals([stream]))
-    log_output(service, answer.id, [output])
     answer.begin()
     answer.push(whole(output))
     return json_reply(answer.body())
 
 
-async def events(stream: Stream, answer: Answer) -> AsyncGenerator[bytes, None]:
+async def events(stream: Stream, answer: Answer, interval: int) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events, each with its type as its name. An error is an event too."""
     with closing([stream]):
         yield encoded(answer.begin())
         try:
-            async for output in stream:
+            async for output in outputs_of([stream], interval):
                 if made := answer.push(whole(output)):
                     yield encoded(made)
         except RequestError as error:

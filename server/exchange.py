@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +17,6 @@ from jaxpaged_server.fields import Body
 from jaxpaged_server.service import Asked, Service, new_id
 from jaxpaged_server.sse import DONE, event
 
-log = logging.getLogger(__name__)
 TRACE_HEADERS = ("traceparent", "tracestate")
 MAX_ID = 128  # characters of an id that a client chooses
 LARGE = 2**18  # bytes; larger bodies are decoded in a thread: the loop stands still for a part of the time only
@@ -85,7 +83,7 @@ async def finals(streams: Sequence[Stream[Output]]) -> list[Output]:
         return [await stream.last() for stream in streams]
 
 
-def outputs_of(streams: Sequence[Stream[RequestOutput]], interval: int = 1) -> AsyncIterator[RequestOutput]:
+def outputs_of(streams: Sequence[Stream[RequestOutput]], interval: int) -> AsyncIterator[RequestOutput]:
     """The outputs of several streams as they come. interval: tokens that an output has at least, but for the last one of a
     stream. One stream is handed on as it is: this runs for every token."""
     if len(streams) > 1:
@@ -135,7 +133,7 @@ class Answer(Protocol):
 
 
 async def openai_events(streams: Sequence[Stream], answer: Answer, usage: tuple[bool, bool],
-                        interval: int = 1) -> AsyncGenerator[bytes, None]:  # fmt: skip
+                        interval: int) -> AsyncGenerator[bytes, None]:  # fmt: skip
     """OpenAI's stream: chunks, perhaps one with usage, [DONE]. An error is an event too: the headers are long gone.
     usage: (a last chunk with it, it in every chunk)."""
     numbers = {stream.request_id: number for number, stream in enumerate(streams)}
@@ -154,12 +152,3 @@ async def openai_events(streams: Sequence[Stream], answer: Answer, usage: tuple[
         except EngineDeadError as error:
             yield event(error_body(str(error), 500))
         yield DONE
-
-
-def log_output(service: Service, request_id: str, outputs: Sequence[RequestOutput]) -> None:
-    """--enable-log-outputs: what was generated."""
-    if service.options.enable_log_outputs:
-        for output in outputs:
-            for completion in output.outputs:
-                log.info("finished %s/%d (%s): %r", request_id, completion.index, completion.finish_reason,
-                         completion.text[: service.options.max_log_len])  # fmt: skip

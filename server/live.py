@@ -148,15 +148,9 @@ def _running(engine: Engine, slots: np.ndarray) -> list[Sequence]:
     rows = zip(requests, slots.tolist(), *(column[slots].tolist() for column in columns))
     return [
         Sequence(request.id, "decode" if computed >= prompt else "prefill", slot, prompt, known - prompt,
-                 _cached_tokens(engine, request.id), num_pages)
+                 engine.num_cached_tokens(request.id), num_pages)
         for request, slot, prompt, known, computed, num_pages in rows
     ]  # fmt: skip
-
-
-def _cached_tokens(engine: Engine, request_id: str) -> int:
-    """Prompt tokens that a sequence found in the cache when it was admitted."""
-    group, _ = engine._tracks[request_id]
-    return group.num_cached_tokens or 0
 
 
 def _in_queue(entry: Waiting) -> Sequence:

@@ -13,7 +13,7 @@ from jaxpaged.async_engine import Stream
 from jaxpaged_server.chat import Chat
 from jaxpaged_server.completions import Completions, split_prompts
 from jaxpaged_server.embeddings import EmbeddingRequest, embedding_response, fitted, pooling_params, split_inputs
-from jaxpaged_server.exchange import asked_by, finals, log_output, openai_events, read, submit_all
+from jaxpaged_server.exchange import asked_by, finals, openai_events, read, submit_all
 from jaxpaged_server.logprobs import TokenNames
 from jaxpaged_server.params import chat_params, completion_params, truncated, usage_options
 from jaxpaged_server.parsers import ChatParser, needs_special_tokens
@@ -143,9 +143,9 @@ async def embeddings(service: Service, request: Request) -> Response:
 async def _answer(service: Service, request: Request, body: Sampled, answer: Any, streams: list[Stream]) -> Response:
     if body.stream:
         usage = usage_options(body.stream_options, service.options.enable_force_include_usage)
-        return EventStream(openai_events(streams, answer, usage, body.stream_interval), service.watch, streams)
+        interval = body.stream_interval or service.options.stream_interval
+        return EventStream(openai_events(streams, answer, usage, interval), service.watch, streams)
     outputs = await until_gone(request, finals(streams))
-    log_output(service, answer.id, outputs)
     return json_reply(answer.whole(outputs))
 
 

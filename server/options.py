@@ -16,6 +16,7 @@ class ServerOptions:
     served_model_name: the names clients may ask for; the first one stands in answers.
     api_key: keys of which a client must send one (Authorization: Bearer, or x-api-key).
     max_num_queued_reqs: requests that may wait for a slot; more get 503. max_body_size: bytes. max_num_prompts: a request.
+    stream_interval: tokens that a chunk of a stream has at least.
     shutdown_timeout: seconds that running requests get after SIGTERM. watchdog_timeout: seconds after which a step is
     said to hang; 0: never. slow_client_timeout: seconds without reading after which a stream's client is dropped.
     enable_auto_tool_choice: taken for vLLM's sake: tool_choice "auto" works whenever there is a tool_call_parser.
@@ -55,6 +56,7 @@ class ServerOptions:
     enable_prompt_tokens_details: bool = False
     enable_force_include_usage: bool = False
     enable_request_id_headers: bool = False
+    stream_interval: int = 1
     enable_log_requests: bool = False
     enable_log_outputs: bool = False
     max_log_len: int = 1000
@@ -65,7 +67,7 @@ class ServerOptions:
     otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_body_size", "max_num_prompts"):
+        for name in ("max_body_size", "max_num_prompts", "stream_interval"):
             _check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         for name in ("shutdown_timeout", "watchdog_timeout", "slow_client_timeout"):
             _check(getattr(self, name) >= 0, name, "a number of seconds >= 0", getattr(self, name))

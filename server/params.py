@@ -64,7 +64,7 @@ def check_streaming(body: Sampled) -> None:
         raise RequestError("stream_options needs stream: true.", "stream_options")
     if body.stream and body.prompt_logprobs is not None:
         raise RequestError("prompt_logprobs cannot be streamed; leave stream out.", "prompt_logprobs")
-    if body.stream_interval < 1:
+    if body.stream_interval is not None and body.stream_interval < 1:
         raise RequestError(f"stream_interval must be at least 1, got {body.stream_interval}.", "stream_interval")
 
 

@@ -20,6 +20,7 @@ from jaxpaged.watchdog import Watchdog
 from jaxpaged_server.fields import Decoder
 from jaxpaged_server.metrics import Metrics
 from jaxpaged_server.options import ServerOptions
+from jaxpaged_server.output_log import OutputLog
 from jaxpaged_server.sse import Watch
 from jaxpaged_server.summary import Summary
 from jaxpaged_server.tracing import Tracing
@@ -66,6 +67,7 @@ class Service:
         engine.observers += [self.metrics, Summary(self.metrics)]
         self.tracing = Tracing(options.otlp_traces_endpoint) if options.otlp_traces_endpoint else None
         engine.observers += [self.tracing] if self.tracing else []
+        engine.observers += [OutputLog(options.max_log_len)] if options.enable_log_outputs else []
         engine.max_num_queued_reqs = options.max_num_queued_reqs
         self._numbers = itertools.count()
 

@@ -94,7 +94,7 @@ async def generate(service: Service, request: Request) -> Response:
     stream = service.submit(asked, body.token_ids, _params(service, body), priority=body.priority, cache_salt=body.cache_salt)
     if body.stream:
         usage = usage_options(body.stream_options, service.options.enable_force_include_usage)
-        return EventStream(openai_events([stream], answer, usage), service.watch, [stream])
+        return EventStream(openai_events([stream], answer, usage, service.options.stream_interval), service.watch, [stream])
     (output,) = await until_gone(request, finals([stream]))
     return json_reply(answer.whole(output))
 

@@ -35,3 +35,25 @@ def gemma_gguf():
     from jaxpaged import hub
 
     return hub.resolve("demo-gemma3")
+
+
+@pytest.fixture(scope="module")
+def served():
+    from fake_openai import FakeOpenAI, serving  # not on a machine that has no more than JAX
+
+    fake = FakeOpenAI()
+    with serving(fake) as url:
+        yield fake, url
+
+
+@pytest.fixture
+def fake(served):
+    """A server to talk to, as new for each test."""
+    served[0].reset()
+    return served[0]
+
+
+@pytest.fixture
+def url(served):
+    """Where `fake` is."""
+    return served[1]

@@ -1,8 +1,10 @@
-"""A small OpenAI-compatible server for the tests of the clients: on a loopback port, or as an ASGI application."""
+"""A small OpenAI-compatible server for the tests of the clients: on a loopback port, or as an ASGI application. The
+fixtures `fake` and `url` (conftest.py) are one of them."""
 
 import asyncio
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from jaxpaged import cli
 
 MODEL = "fake/model-1"
 
@@ -140,3 +144,16 @@ def serving(fake: FakeOpenAI) -> Iterator[str]:
     finally:
         server.should_exit = server.force_exit = True
         thread.join(5)
+
+
+def run_cli(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Status, standard output, standard error of `jaxpaged arguments`."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "argv", ["jaxpaged", *arguments])
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    return status, *capsys.readouterr()

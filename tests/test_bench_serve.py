@@ -12,43 +12,17 @@ import time
 import numpy as np
 import pytest
 import tiny_tokenizers as tiny
-from fake_openai import MODEL, FakeOpenAI, serving
+from fake_openai import MODEL, run_cli
 
-from jaxpaged import bench_datasets, bench_report, bench_serve, cli
+from jaxpaged import bench_datasets, bench_report, bench_serve
 from jaxpaged.bench_options import DatasetOptions, ReportOptions, TargetOptions, TrafficOptions
 from jaxpaged.bench_report import Record
 from jaxpaged.request import RequestError
 
 
-@pytest.fixture(scope="module")
-def served():
-    fake = FakeOpenAI()
-    with serving(fake) as url:
-        yield fake, url
-
-
-@pytest.fixture
-def fake(served):
-    served[0].reset()
-    return served[0]
-
-
-@pytest.fixture
-def url(served):
-    return served[1]
-
-
 def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """Status, standard output, standard error of `jaxpaged bench serve arguments`."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(sys, "argv", ["jaxpaged", "bench", "serve", "--disable-tqdm", *arguments])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        status = int(end.code or 0)
-    return status, *capsys.readouterr()
+    return run_cli(monkeypatch, capsys, "bench", "serve", "--disable-tqdm", *arguments)
 
 
 SMALL = ("--num-prompts", "6", "--random-input-len", "8", "--random-output-len", "4")

@@ -30,7 +30,7 @@ HOUSE = """
     server.exchange server.prompting                          |
     server.completions server.parts server.service            |
     server.embeddings server.middleware server.options        |
-    server.summary server.tracing                             |
+    server.output_log server.summary server.tracing           |
     server.logprobs server.messages_input server.metrics      |
     server.params server.parsers server.replies               |
     server.responses_input server.usage                       |

@@ -5,29 +5,11 @@ import sys
 import time
 
 import pytest
-from fake_openai import FakeOpenAI, serving
+from fake_openai import run_cli
 
-from jaxpaged import chat, cli, remote
+from jaxpaged import chat, remote
 from jaxpaged.remote import RemoteConversation, Server
 from jaxpaged.request import RequestError
-
-
-@pytest.fixture(scope="module")
-def served():
-    fake = FakeOpenAI()
-    with serving(fake) as url:
-        yield fake, url
-
-
-@pytest.fixture
-def fake(served):
-    served[0].reset()
-    return served[0]
-
-
-@pytest.fixture
-def url(served):
-    return served[1]
 
 
 class Terminal(io.StringIO):
@@ -37,16 +19,8 @@ class Terminal(io.StringIO):
 
 def call(monkeypatch, capsys, *arguments: str, stdin: io.StringIO | None = None) -> tuple[int, str, str]:
     """Status, standard output, standard error of `jaxpaged arguments`."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(sys, "argv", ["jaxpaged", *arguments])
     monkeypatch.setattr(sys, "stdin", stdin or Terminal())
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        status = int(end.code or 0)
-    return status, *capsys.readouterr()
+    return run_cli(monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture

@@ -5,48 +5,22 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import tiny_tokenizers as tiny
-from fake_openai import FakeOpenAI, serving
+from fake_openai import FakeOpenAI, run_cli, serving
 from tiny_checkpoints import CONFIG
 
-from jaxpaged import cli, run_batch
+from jaxpaged import run_batch
 from jaxpaged.request import RequestError
-
-
-@pytest.fixture(scope="module")
-def served():
-    fake = FakeOpenAI()
-    with serving(fake) as url:
-        yield fake, url
-
-
-@pytest.fixture
-def fake(served):
-    served[0].reset()
-    return served[0]
-
-
-@pytest.fixture
-def url(served):
-    return served[1]
 
 
 def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """Status, standard output, standard error of `jaxpaged run-batch arguments`."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["jaxpaged", "run-batch", "-q", *arguments])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        status = int(end.code or 0)
-    return status, *capsys.readouterr()
+    return run_cli(monkeypatch, capsys, "run-batch", "-q", *arguments)
 
 
 def line(custom_id: str, **changes) -> dict:

@@ -365,6 +365,43 @@ def test_a_connection_that_has_ended_needs_no_garbage_collector(stream):
             gc.enable()
 
 
+CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1000}
+STREAMS = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 1000},
+    "/v1/chat/completions": CHAT,
+    "/v1/messages": CHAT,
+    "/v1/responses": {"input": "x"},
+    "/inference/v1/generate": {"token_ids": [5], "sampling_params": {"max_tokens": 1000}},
+}
+
+
+def test_every_stream_keeps_to_the_server_s_interval():
+    def num_events(live: LiveServer, path: str) -> int:
+        reply = httpx.post(f"{live.base_url}{path}", json={**STREAMS[path], "stream": True}, timeout=30)
+        assert reply.status_code == 200, reply.text
+        return sum(line.startswith("data: {") for line in reply.iter_lines())
+
+    with serve(limited_service("abcd " * 40)) as one, serve(limited_service("abcd " * 40, stream_interval=40)) as many:
+        for path in STREAMS:
+            assert num_events(many, path) < num_events(one, path) / 3, path
+
+
+def test_what_is_generated_is_logged_streamed_or_not(caplog):
+    caplog.set_level("INFO", "jaxpaged_server")
+    with serve(limited_service("Hello there!", enable_log_outputs=True, max_log_len=7)) as live:
+        for path, body in STREAMS.items():
+            for stream in (True, False):
+                mode = {"output_mode": "text"} if "generate" in path else {}
+                caplog.clear()
+                assert httpx.post(f"{live.base_url}{path}", json={**body, **mode, "stream": stream}).status_code == 200
+                (line,) = [record.getMessage() for record in caplog.records if "finished" in record.getMessage()]
+                assert line.endswith("(stop): 'Hello t'"), path
+    with serve(limited_service("Hello there!")) as live:
+        caplog.clear()
+        httpx.post(f"{live.base_url}/v1/completions", json=STREAMS["/v1/completions"])
+        assert "Hello" not in caplog.text
+
+
 async def visit(live: LiveServer, chance: random.Random) -> None:
     """One client: it connects, perhaps asks, perhaps reads, and leaves when it likes, politely or not."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(live.base_url.rpartition(":")[2]))
