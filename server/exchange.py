@@ -84,8 +84,8 @@ async def finals(streams: Sequence[Stream[Output]]) -> list[Output]:
 
 
 def outputs_of(streams: Sequence[Stream[RequestOutput]], interval: int) -> AsyncIterator[RequestOutput]:
-    """The outputs of several streams as they come. interval: tokens that an output has at least, but for the last one of a
-    stream. One stream is handed on as it is: this runs for every token."""
+    """The outputs of several streams as they come. interval: tokens that an output has at least, but for the first and the
+    last one of a stream. One stream is handed on as it is: this runs for every token."""
     if len(streams) > 1:
         return _interleaved(streams, interval)
     return streams[0] if interval == 1 else _spaced(streams[0], interval)
@@ -117,11 +117,12 @@ async def _interleaved(streams: Sequence[Stream[RequestOutput]], interval: int) 
 
 async def _spaced(stream: Stream[RequestOutput], interval: int) -> AsyncIterator[RequestOutput]:
     held: RequestOutput | None = None
+    wanted = 1  # the first token is not held back: the time to it is what a user waits for
     async for output in stream:
         held = output if held is None else merged(held, output, stream.params.output_kind)
-        if output.finished or interval == 1 or sum(len(c.token_ids) for c in held.outputs) >= interval:
+        if output.finished or sum(len(c.token_ids) for c in held.outputs) >= wanted:
             yield held
-            held = None
+            held, wanted = None, interval
 
 
 class Answer(Protocol):

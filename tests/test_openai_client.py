@@ -172,6 +172,11 @@ def test_a_stream_interval_makes_fewer_chunks(client):
     )
 
 
+def test_a_stream_interval_does_not_hold_back_the_first_token(client):
+    first = lambda interval: next(iter(complete(client, TEXT, stream=True, extra_body={"stream_interval": interval})))
+    assert first(1000).choices[0].text == first(1).choices[0].text != TEXT
+
+
 def test_streams_of_several_prompts_and_samples(client):
     texts = dict.fromkeys(range(4), "")
     for chunk in complete(client, ["the fox", "a dog"], n=2, temperature=1, stream=True, echo=True):
