@@ -19,7 +19,7 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
 from jaxpaged.hf_config import HFConfig
 from jaxpaged.models import door
-from jaxpaged.models.decoder import DecoderConfig
+from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.models.standard import TIED
 from jaxpaged.programs import Dims
 from jaxpaged.request import RequestError
@@ -94,6 +94,7 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     hf.finish()
     auto_length = config.max_model_len == "auto"
     config = config.resolve(device.platform, decoder_config.max_positions)
+    decoder_config = decoder_config.for_length(int(config.max_model_len or 0))
     tokenizer = _tokenizer(config, path)
     stages.done("load the tokenizer")
     leaves = _load(config, family, decoder_config, checkpoint, params, progress)
@@ -226,7 +227,7 @@ def _dims(config: EngineConfig, decoder_config: DecoderConfig, num_pages: int) -
 def _expected_temporaries(config: DecoderConfig, buckets: tuple[Bucket, ...], itemsize: int) -> int:
     """A first guess, replaced by the compiler's account: a few activations of the widest layer, two sets of logits."""
     tokens, rows = buckets[-1]
-    return 4 * tokens * max(2 * config.ffn_dim, 2 * config.embed_dim) * itemsize + 2 * rows * config.vocab_size * 4
+    return 4 * tokens * max(config.widest, 2 * config.embed_dim) * itemsize + 2 * rows * config.vocab_size * 4
 
 
 def _compile(runner: ModelRunner, progress: bool) -> None:

@@ -26,8 +26,9 @@ from jax import Array
 
 from jaxpaged import packing, sampler
 from jaxpaged.batch import Bucket, Edits, Sampling, Variant
-from jaxpaged.kv_cache import PagedAttend
-from jaxpaged.models.decoder import Decoder, DecoderConfig, head_logits
+from jaxpaged.kv_cache import PagedStep
+from jaxpaged.models.decoder import Decoder, head_logits
+from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.request import MAX_LOGIT_BIAS
 from pallas_kernels.ops import Ops
 
@@ -112,11 +113,11 @@ def make_forward(graph: nnx.GraphDef, treedef: Any, config: DecoderConfig, ops: 
         tokens = jnp.where(b["carried"], carried, b["tokens"])
         pages = b["page_table"].at[row, positions // dims.page_size].get(mode="fill", fill_value=dims.num_pages)
         metadata = Metadata(b["page_table"], b["kv_lens"], b["query_start"], b["counts"])
-        attend = PagedAttend(config, ops, caches, metadata, pages, positions % dims.page_size)
+        step = PagedStep(config, ops, caches, metadata, pages, positions % dims.page_size)
         decoder: Decoder = nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
-        hidden = decoder.hidden(tokens, positions, attend)
+        hidden = decoder.hidden(tokens, positions, step)
         last = jnp.maximum(b["query_start"][1:] - 1, 0)
-        return tuple(attend.caches), hidden, hidden[:, last]
+        return tuple(step.caches), hidden, hidden[:, last]
 
     return forward
 
@@ -124,7 +125,7 @@ def make_forward(graph: nnx.GraphDef, treedef: Any, config: DecoderConfig, ops: 
 def make_sample(config: DecoderConfig, ops: Ops, num_rows: int, variant: Variant, dims: Dims) -> Callable:
     layout = sample_layout(num_rows, variant, dims)
 
-    def sample(head: Array, rows: Array, last_token: Array, packed: Array):
+    def sample(head: Sequence[Array], rows: Array, last_token: Array, packed: Array):
         b = packing.unpack(layout, packed)
         raw = logits = head_logits(head, rows, config)
         if variant == Variant.FULL:
@@ -148,7 +149,7 @@ def make_score(dims: Dims) -> Callable:
 
 
 def make_score_prompt(config: DecoderConfig, dims: Dims) -> Callable:
-    def score_prompt(head: Array, hidden: Array, targets: Array):
+    def score_prompt(head: Sequence[Array], hidden: Array, targets: Array):
         return sampler.prompt_logprobs(hidden.T, lambda x: head_logits(head, x.T, config), targets, dims.max_logprobs)
 
     return score_prompt

@@ -23,7 +23,8 @@ from jax import Array
 
 from jaxpaged import kv_cache, packing, programs
 from jaxpaged.batch import Batch, Bucket, Sampled, TokenLogprobs, Variant
-from jaxpaged.models.decoder import Decoder, DecoderConfig
+from jaxpaged.models.decoder import Decoder, head_leaves
+from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.programs import Dims
 from pallas_kernels.ops import Ops
 
@@ -86,7 +87,7 @@ class ModelRunner:
         weight = next(iter(leaves.values()))
         self._graph, self._treedef, abstract = abstract_decoder(config, weight.dtype)
         self._leaves = tuple(leaves[path] for path in abstract)
-        self._head = leaves["embed.weight" if config.tie else "head.weight"]
+        self._head = tuple(leaves[path] for path in head_leaves(config))
         self._programs: dict[tuple, Any] = {}
         self.num_compilations = 0
         self._caches: tuple[Array, ...] = ()
@@ -150,8 +151,8 @@ class ModelRunner:
     def _lower(self, key: tuple) -> Any:
         d, leaves = self.dims, [_spec(x) for x in self._leaves]
         caches = kv_cache.specs(self.config, d.num_pages, d.page_size, self.cache_dtype)
-        head, last, E = _spec(self._head), _spec(self._last_token), self.config.embed_dim
-        act = self._head.dtype
+        head, last, E = tuple(map(_spec, self._head)), _spec(self._last_token), self.config.embed_dim
+        act = self._head[0].dtype
         match key:
             case ("forward", bucket):
                 f = programs.make_forward(self._graph, self._treedef, self.config, self.ops, bucket, d)

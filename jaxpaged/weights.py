@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpaged.checkpoint import Checkpoint
-from jaxpaged.models.standard import Name
+from jaxpaged.models.standard import Name, View
 
 __all__ = ["Leaves", "Name", "Put", "dummy", "from_tree", "load"]
 
@@ -37,6 +37,17 @@ SOURCE_DTYPES = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, 
 SHOWN = 10  # problems of a kind that are listed by name
 DUMMY_SCALE, DUMMY_CHUNK = 0.02, 1 << 20
 ALIGNMENT = 64  # bytes: XLA on CPU takes such a buffer as it is, without a copy
+
+
+class Part(NamedTuple):
+    """Where a tensor goes: all of the leaf, or its place `index` (-1: the leaf is not made of places), there part `part`."""
+
+    index: int
+    part: int
+
+
+Sources = dict[Part, tuple[str, View | None]]
+"""Of one leaf: the tensor of each part, and how it is viewed."""
 
 
 def load(
@@ -62,36 +73,40 @@ def load(
     return arrays
 
 
-def plan(checkpoint: Checkpoint, leaves: Leaves, names: Sequence[Name], ignore: Iterable[str] = ()) -> dict[str, list[str]]:
-    """Leaf path -> the tensors it is made of, in order. Reads names, shapes and dtypes only. Raises as `load`."""
+def plan(checkpoint: Checkpoint, leaves: Leaves, names: Sequence[Name], ignore: Iterable[str] = ()) -> dict[str, Sources]:
+    """Leaf path -> the tensors it is made of. Reads names, shapes and dtypes only. Raises as `load`."""
     problems = _Problems("The checkpoint")
-    claims = _claims(checkpoint.names(), leaves, names, ignore, problems)
-    sources = {path: _sources(path, claims.get(path, {}), names, problems) for path in leaves}
-    for path, tensors in sources.items():
-        if tensors:
-            _check_parts(checkpoint, path, leaves[path], tensors, problems)
+    sources = _claims(checkpoint.names(), leaves, names, ignore, problems)
+    for path, leaf in leaves.items():
+        if _complete(path, leaf, sources.setdefault(path, {}), names, problems):
+            _check_parts(checkpoint, path, leaf, sources[path], problems)
     problems.finish()
     return sources
 
 
 def _claims(
     tensors: Iterable[str], leaves: Leaves, names: Sequence[Name], ignore: Iterable[str], problems: _Problems
-) -> dict[str, dict[int, str]]:
-    """Leaf path -> part -> tensor."""
+) -> dict[str, Sources]:
     rules, ignored = [(_regex(n.pattern), n) for n in names], [_regex(p) for p in ignore]
-    claims: dict[str, dict[int, str]] = {}
+    claims: dict[str, Sources] = {}
     for tensor in tensors:
         if any(r.fullmatch(tensor) for r in ignored):
             continue
-        places = ((name.path.format(**m.groupdict()), name.part) for r, name in rules if (m := r.fullmatch(tensor)))
-        path, part = next(places, ("", 0))
+        places = (_claim(name, m.groupdict()) for r, name in rules if (m := r.fullmatch(tensor)))
+        path, part, view = next((place for place in places if place[0] in leaves), ("", Part(-1, 0), None))
         if path not in leaves:
             problems.extra.append(tensor)
         elif part in claims.setdefault(path, {}):
-            problems.extra.append(f"{tensor} (the same place as {claims[path][part]})")
+            problems.extra.append(f"{tensor} (the same place as {claims[path][part][0]})")
         else:
-            claims[path][part] = tensor
+            claims[path][part] = tensor, view
     return claims
+
+
+def _claim(name: Name, numbers: dict[str, str]) -> tuple[str, Part, View | None]:
+    path = name.path.format(**numbers)
+    index = next((int(n) for key, n in numbers.items() if f"{{{key}}}" not in name.path), -1)
+    return path, Part(index, name.part), name.view
 
 
 @functools.cache
@@ -106,32 +121,63 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _sources(path: str, claimed: dict[int, str], names: Sequence[Name], problems: _Problems) -> list[str]:
-    """The tensors of a leaf in order; [] if one is missing, which is then on the list of problems."""
-    rules = [(m, name) for name in names if (m := _regex(name.path).fullmatch(path))]
+def _complete(path: str, leaf: jax.ShapeDtypeStruct, found: Sources, names: Sequence[Name], problems: _Problems) -> bool:
+    """Has the leaf all its parts? What is missing goes on the list of problems."""
+    rules = [(m.groupdict(), name) for name in names if (m := _regex(name.path).fullmatch(path))]
     if not rules:
         problems.missing.append(f"{path} (no rule fills it)")
-        return []
-    parts = rules[0][1].parts
-    for part in set(range(parts)) - set(claimed):
-        patterns = [name.pattern.format(**m.groupdict()) for m, name in rules if name.part == part]
+        return False
+    numbers, name = _followed(rules, found)
+    indexed = set(re.findall(r"{(\w+)}", name.pattern)) - set(re.findall(r"{(\w+)}", name.path))
+    places = range(leaf.shape[0]) if indexed else (-1,)
+    missing = [Part(index, part) for index in places for part in range(name.parts) if Part(index, part) not in found]
+    for index, part in missing:
+        at = dict.fromkeys(indexed, index)
+        patterns = [
+            n.pattern.format(**numbers, **at) for numbers, n in rules if n.part == part and _indexed(n) == bool(indexed)
+        ]
         problems.missing.append(" or ".join(patterns) or f"part {part} of {path} (no rule fills it)")
-    return [claimed[part] for part in range(parts)] if len(claimed) == parts else []
+    return not missing
 
 
-def _check_parts(
-    checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, tensors: list[str], problems: _Problems
-) -> None:
-    shapes = [tuple(checkpoint.shape(t)) for t in tensors]
-    joined = shapes[0]
-    if len(shapes) > 1 and all(len(s) == len(leaf.shape) and s[1:] == joined[1:] for s in shapes):
-        joined = (sum(s[0] for s in shapes), *joined[1:])
-    if joined != tuple(leaf.shape):
-        found = " + ".join(f"{t} {list(s)}" for t, s in zip(tensors, shapes))
+def _followed(rules: list[tuple[dict[str, str], Name]], found: Sources) -> tuple[dict[str, str], Name]:
+    """Of several ways to fill a leaf (an expert at a time, or all at once; in parts or whole) the one the tensors follow."""
+    kinds = {(part.index >= 0, view) for part, (_, view) in found.items()}
+    most = max((part.part for part in found), default=0)
+    for numbers, name in rules:
+        if (_indexed(name), name.view) in kinds and most < name.parts:
+            return numbers, name
+    return rules[0]
+
+
+def _indexed(name: Name) -> bool:
+    """Is the tensor one place of the leaf's first axis?"""
+    return not set(re.findall(r"{(\w+)}", name.pattern)) <= set(re.findall(r"{(\w+)}", name.path))
+
+
+def _check_parts(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, sources: Sources, problems: _Problems) -> None:
+    try:
+        shapes = {part: _viewed_shape(checkpoint.shape(t), view) for part, (t, view) in sources.items()}
+    except (ValueError, IndexError):  # a view that such a tensor cannot have
+        shapes = {}
+    rest = tuple(leaf.shape)[(next(iter(sources)).index >= 0) :]
+    rows: dict[int, int] = {}
+    for part, shape in shapes.items():
+        rows[part.index] = rows.get(part.index, 0) + (shape[0] if shape else 0)
+    fits = shapes and all(s[1:] == rest[1:] and len(s) == len(rest) for s in shapes.values())
+    if not fits or (rest and set(rows.values()) != {rest[0]}) or max(part.index for part in sources) >= leaf.shape[0]:
+        found = " + ".join(f"{t} {list(checkpoint.shape(t))}" for _, (t, _) in sorted(sources.items())[:SHOWN])
         problems.misshapen.append(f"{found}, expected {list(leaf.shape)} for {path}")
-    for t in tensors:
+    for t, _ in sources.values():
         if checkpoint.dtype(t) not in SOURCE_DTYPES:
             problems.quantised.append(f"{t} ({checkpoint.dtype(t)})")
+
+
+def _viewed_shape(shape: Sequence[int], view: View | None) -> tuple[int, ...]:
+    """Without memory: a view of an array that is one number, however often."""
+    if view is None:
+        return tuple(shape)
+    return view.to_ours(np.broadcast_to(np.zeros((), np.bool_), tuple(shape))).shape
 
 
 class _Problems:
@@ -165,14 +211,19 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + len(raw) - ALIGNMENT].view(dtype).reshape(shape)
 
 
-def _filled(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, tensors: list[str]) -> np.ndarray:
+def _filled(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, sources: Sources) -> np.ndarray:
     """One leaf on the host, in its own dtype."""
-    out, row = _empty(leaf.shape, leaf.dtype), 0
+    out, at = _empty(leaf.shape, leaf.dtype), dict.fromkeys((part.index for part in sources), 0)
     with _no_overflow(path, leaf):
-        for tensor in tensors:
-            rows = checkpoint.shape(tensor)[0] if len(tensors) > 1 else None
-            checkpoint.read_into(tensor, out if rows is None else out[row : row + rows])
-            row += rows or 0
+        for part, (tensor, view) in sorted(sources.items()):
+            place = out if part.index < 0 else out[part.index]
+            rows = _viewed_shape(checkpoint.shape(tensor), view)[0] if place.ndim else 0
+            target = place[at[part.index] : at[part.index] + rows] if place.ndim else place
+            if view is None:
+                checkpoint.read_into(tensor, target)
+            else:
+                target[...] = view.to_ours(checkpoint.read(tensor))
+            at[part.index] += rows
     return out
 
 

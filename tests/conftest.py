@@ -15,7 +15,17 @@ def pytest_configure() -> None:
     from jaxtyping import install_import_hook
 
     if importlib.util.find_spec("beartype"):  # a machine with a GPU may have been given no more than JAX
-        install_import_hook(["jaxpaged.sampler", "jaxpaged.models.decoder", "pallas_kernels.reference"], "beartype.beartype")
+        install_import_hook(
+            [
+                "jaxpaged.sampler",
+                "jaxpaged.models.decoder",
+                "jaxpaged.models.layers",
+                "jaxpaged.models.moe",
+                "jaxpaged.models.mla",
+                "pallas_kernels.reference",
+            ],
+            "beartype.beartype",
+        )
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxpaged/tests"))

@@ -51,9 +51,11 @@ HOUSE = """
                                                               | programs
     engine                                                    | kv_cache packing sampler
     admission outputs                                         | models.gemma models.llama models.qwen
-    batch                                                     | models models.standard
-    scheduler                                                 | models.decoder
-    publish waiting                                           | models.rope
+    batch                                                     | models models.decoder models.standard
+    scheduler                                                 | models.mla models.moe
+    publish waiting                                           | models.layers
+                                                              | models.spec
+                                                              | models.rope
     state tokenizer                                           | kernels
     pages checkpoint gguf_tokenizer                           | kernels.mosaic_gpu kernels.triton
     chat_template config gguf_file prompts                    | kernels.reference kernels.mosaic_gpu.attention

@@ -151,7 +151,7 @@ def test_qwen2_has_biases_without_a_key_for_them(make):
     checkpoint = GGUFCheckpoint(make("qwen2", biases=True))
     assert checkpoint.config["model_type"] == "qwen2" and "attention_bias" not in checkpoint.config
     assert "model.layers.0.self_attn.k_proj.bias" in checkpoint.names()
-    assert accepted(checkpoint.config).attention_bias
+    assert accepted(checkpoint.config).layers[0].attention.bias
 
 
 def test_qwen3_head_dim_and_norms(make):
@@ -159,7 +159,7 @@ def test_qwen3_head_dim_and_norms(make):
     checkpoint = GGUFCheckpoint(make("qwen3", metadata, {"blk.0.attn_q_norm.weight": random(16)}))
     assert checkpoint.config["head_dim"] == 16 and checkpoint.config["model_type"] == "qwen3"
     assert "model.layers.0.self_attn.q_norm.weight" in checkpoint.names()
-    assert accepted(checkpoint.config).qk_norm
+    assert accepted(checkpoint.config).layers[0].attention.qk_norm
 
 
 def test_gemma3(make):

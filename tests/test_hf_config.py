@@ -76,13 +76,13 @@ def test_asking_is_reading_and_listing_is_not():
 
 SAYS_WRONG = [
     ("llama", {"pretraining_tp": 2}, "pretraining_tp=2"),
-    ("llama", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; supported: silu, swish, gelu"),
-    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling kind 'dynamic' is not supported"),
+    ("llama", {"hidden_act": "sigmoid"}, "hidden_act 'sigmoid' is not supported; supported: silu, swish, gelu"),
+    ("llama", {"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope_scaling kind 'mrope' is not supported"),
     ("llama", {"rope_scaling": {"rope_type": "linear"}}, "lacks the key 'factor'"),
     ("qwen2", {"layer_types": ["full_attention"] * 6}, "layer_types: 6 entries for 7 layers"),
     ("qwen3", {"layer_types": ["full_attention"] * 6 + ["linear_attention"]}, r"unknown \['linear_attention'\]"),
     ("gemma3_text", {"hidden_activation": "mish"}, "hidden_act 'mish' is not supported"),
-    ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "kind 'longrope' is not"),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "lacks the key"),
 ]
 
 
@@ -135,8 +135,9 @@ def test_an_absent_key_is_refused_or_means_what_it_means_to_transformers(family,
 
 def test_head_dim_and_rotation_agree_when_the_size_is_not_said(family):
     made = decoder_config({key: value for key, value in small(family).items() if key not in SIZES})
-    assert {2 * len(layer.rope.frequencies) for layer in made.layers} == {made.head_dim}
-    assert made.head_dim == (256 if family == "gemma3_text" else 8) and made.num_kv_heads == 4
+    heads = {layer.attention for layer in made.layers}
+    assert {2 * len(layer.rope.frequencies) for layer in made.layers} == {spec.head_dim for spec in heads}
+    assert {(spec.head_dim, spec.num_kv_heads) for spec in heads} == {(256 if family == "gemma3_text" else 8, 4)}
 
 
 # -- overrides ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from jaxpaged import LLM, SamplingParams, weights
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.hf_config import HFConfig
 from jaxpaged.models import door
-from jaxpaged.models.decoder import ACTIVATIONS
+from jaxpaged.models.layers import ACTIVATIONS
 from jaxpaged.models.standard import HF_ACTIVATIONS, TIED
 from jaxpaged.runner import abstract_decoder
 

@@ -1,7 +1,7 @@
 """Gemma 3, text (Gemma team 2025): five sliding layers to one full, norms before and after, q/k norms, scaled embedding."""
 
 from jaxpaged.models import standard
-from jaxpaged.models.decoder import DecoderConfig, LayerSpec
+from jaxpaged.models.spec import DecoderConfig, LayerSpec, QKNorm
 from jaxpaged.models.standard import HF, Name
 
 MODEL_TYPES = ("gemma3_text",)
@@ -13,23 +13,21 @@ def decoder_config(hf: HF) -> DecoderConfig:
     return standard.decoder(
         hf,
         _layers(hf),
-        activation=standard.activation(hf.get("hidden_activation", "gelu_pytorch_tanh")),
-        norm_offset=1.0,
-        qk_norm=True,
-        post_norms=True,
-        attention_bias=bool(hf.get("attention_bias", False)),
-        out_bias=bool(hf.get("attention_bias", False)),
-        query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
-        attention_soft_cap=hf.get("attn_logit_softcapping"),
+        norm=standard.rms_norm(hf, offset=1.0),
+        block="both",
         logit_soft_cap=hf.get("final_logit_softcapping"),
         embed_scale=hf["hidden_size"] ** 0.5,
         tie=bool(hf.get("tie_word_embeddings", True)),
-        head_dim=standard.head_dim(hf, HEAD_DIM),
     )
 
 
 def _layers(hf: HF) -> tuple[LayerSpec, ...]:
-    dim = standard.head_dim(hf, HEAD_DIM)
+    dim, bias = standard.head_dim(hf, HEAD_DIM), bool(hf.get("attention_bias", False))
+    attention = standard.attention(
+        hf, head_dim=dim, bias=bias, out_bias=bias, qk_norm=QKNorm(standard.rms_norm(hf, offset=1.0)),
+        query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5, soft_cap=hf.get("attn_logit_softcapping"),
+    )  # fmt: skip
+    mlp = standard.mlp(hf, activation=standard.activation(hf.get("hidden_activation", "gelu_pytorch_tanh")))
     full = standard.rope(hf, "rope_theta", "full_attention", dim=dim, theta=FULL_THETA)
     local = standard.rope(hf, "rope_local_base_freq", "sliding_attention", scaled=False, dim=dim)
     if hf.get("layer_types") is not None:
@@ -39,7 +37,7 @@ def _layers(hf: HF) -> tuple[LayerSpec, ...]:
         every = hf.get("sliding_window_pattern", 6)
         window = hf["sliding_window"]
         windows = tuple(None if (i + 1) % every == 0 else window for i in range(hf["num_hidden_layers"]))
-    return tuple(LayerSpec(full if w is None else local, w) for w in windows)
+    return tuple(LayerSpec(attention, mlp, full if w is None else local, w) for w in windows)
 
 
 def names(config: DecoderConfig) -> tuple[Name, ...]:

@@ -1,7 +1,7 @@
 """Qwen2, Qwen2.5 (biases on q, k, v) and Qwen3 (norms on q and k instead)."""
 
 from jaxpaged.models import standard
-from jaxpaged.models.decoder import DecoderConfig, LayerSpec
+from jaxpaged.models.spec import DecoderConfig, QKNorm
 from jaxpaged.models.standard import HF, Name
 
 MODEL_TYPES = ("qwen2", "qwen3")
@@ -9,12 +9,12 @@ IGNORED = standard.IGNORED
 
 
 def decoder_config(hf: HF) -> DecoderConfig:
-    turn = standard.rope(hf)
-    layers = tuple(LayerSpec(turn, w) for w in _windows(hf))
     if hf["model_type"] == "qwen2":
-        return standard.decoder(hf, layers, attention_bias=True)
-    bias = bool(hf.get("attention_bias", False))
-    return standard.decoder(hf, layers, attention_bias=bias, out_bias=bias, qk_norm=True)
+        attention = standard.attention(hf, bias=True)
+    else:
+        bias = bool(hf.get("attention_bias", False))
+        attention = standard.attention(hf, bias=bias, out_bias=bias, qk_norm=QKNorm(standard.rms_norm(hf)))
+    return standard.decoder(hf, standard.layers(attention, standard.mlp(hf), standard.rope(hf), _windows(hf)))
 
 
 def _windows(hf: HF) -> tuple[int | None, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from jaxpaged.models.decoder import DecoderConfig, LayerSpec
+import numpy as np
+
 from jaxpaged.models.rope import DEFAULT_THETA, Rope, make_rope
+from jaxpaged.models.spec import AttentionSpec, DecoderConfig, LayerSpec, MLPSpec, MoESpec, NormSpec
 
 HF_ACTIVATIONS = {
     "silu": "silu",
@@ -14,7 +17,9 @@ HF_ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -25,20 +30,53 @@ class HF(Protocol):
     def __getitem__(self, key: str) -> Any: ...
 
 
+class View(NamedTuple):
+    """How a tensor of a checkpoint becomes ours, and back: what one does the other undoes, to the bit."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
 class Name(NamedTuple):
     """A rule: the checkpoint tensor `pattern` is part number `part` (of `parts`, joined on axis 0) of the leaf `path`.
-    `{i}` in both stands for a layer's number."""
+    `{i}` in both stands for a layer's number. `{x}` in the pattern alone is a place along the leaf's first axis: the tensor
+    is (a part of) `leaf[x]`, and every x must be there. `view`: what is done to it first."""
 
     pattern: str
     path: str
     part: int = 0
     parts: int = 1
+    view: View | None = None
 
 
-def _linear(theirs: str, path: str, part: int = 0, parts: int = 1) -> list[Name]:
-    return [Name(f"{theirs}.{kind}", f"{path}.{kind}", part, parts) for kind in ("weight", "bias")]
+def transposed() -> View:
+    """A matrix written [in, out], as GPT-2's."""
+    return View(lambda x: np.swapaxes(x, -1, -2), lambda x: np.swapaxes(x, -1, -2))
 
 
+def by_head(groups: int, per_group: tuple[int, ...], head_dim: int) -> View:
+    """Queries, keys and values that lie group by group (as many heads of each as `per_group` says) become all queries, then
+    all keys, then all values: along the first axis."""
+    total, ends = sum(per_group), np.cumsum(per_group)[:-1].tolist()
+
+    def to_ours(x: np.ndarray) -> np.ndarray:
+        parts = np.split(x.reshape(groups, total, head_dim, *x.shape[1:]), ends, axis=1)
+        return np.concatenate([part.reshape(-1, *x.shape[1:]) for part in parts])
+
+    def to_theirs(x: np.ndarray) -> np.ndarray:
+        parts = np.split(x, [groups * head_dim * end for end in ends])
+        parts = [part.reshape(groups, n, head_dim, *x.shape[1:]) for part, n in zip(parts, per_group)]
+        return np.concatenate(parts, axis=1).reshape(x.shape)
+
+    return View(to_ours, to_theirs)
+
+
+def linear(theirs: str, path: str, part: int = 0, parts: int = 1, view: View | None = None) -> list[Name]:
+    """Rules for weight and bias of a product or norm. (Of a transposed matrix the bias is as it is: give no view then.)"""
+    return [Name(f"{theirs}.{kind}", f"{path}.{kind}", part, parts, view) for kind in ("weight", "bias")]
+
+
+_linear = linear
 _LAYER = "model.layers.{i}."
 NAMES: tuple[Name, ...] = (
     Name("model.embed_tokens.weight", "embed.weight"),
@@ -65,22 +103,44 @@ IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
 TIED = ("lm_head.weight",)  # some checkpoints carry a copy of the embedding
 
 
+def attention(hf: HF, **choices: Any) -> AttentionSpec:
+    """The heads of a config; `choices` are the family's own."""
+    base = {
+        "num_heads": hf["num_attention_heads"],
+        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        "head_dim": head_dim(hf),
+    }
+    return AttentionSpec(**{**base, **choices})
+
+
+def mlp(hf: HF, **choices: Any) -> MLPSpec:
+    base = {"ffn_dim": hf["intermediate_size"], "activation": activation(hf.get("hidden_act", "silu"))}
+    return MLPSpec(**{**base, **choices})
+
+
+def layers(
+    attention: AttentionSpec, mlp: MLPSpec | MoESpec, rope: Rope | None, windows: tuple[int | None, ...]
+) -> tuple[LayerSpec, ...]:
+    """Layers that differ in how far back they see and in nothing else."""
+    return tuple(LayerSpec(attention, mlp, rope, window) for window in windows)
+
+
 def decoder(hf: HF, layers: tuple[LayerSpec, ...], **choices: Any) -> DecoderConfig:
     """The DecoderConfig of the keys that mean the same in every family; `choices` are the family's own."""
     base = {
         "vocab_size": hf["vocab_size"],
         "embed_dim": hf["hidden_size"],
-        "ffn_dim": hf["intermediate_size"],
-        "num_heads": hf["num_attention_heads"],
-        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "head_dim": head_dim(hf),
         "layers": layers,
         "max_positions": hf["max_position_embeddings"],
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "activation": activation(hf.get("hidden_act", "silu")),
         "tie": bool(hf.get("tie_word_embeddings", False)),
     }
+    if "norm" not in choices:
+        base["norm"] = rms_norm(hf)
     return DecoderConfig(**{**base, **choices})
+
+
+def rms_norm(hf: HF, **choices: Any) -> NormSpec:
+    return NormSpec(hf.get("rms_norm_eps", 1e-6), **choices)
 
 
 def head_dim(hf: HF, default: int | None = None) -> int:
@@ -100,17 +160,24 @@ def rope(
     scaled: bool = True,
     dim: int | None = None,
     theta: float = DEFAULT_THETA,
+    interleaved: bool = False,
+    share: float | None = None,
 ) -> Rope:
     """The rotation of a config: `rope_theta` and `rope_scaling`, or `rope_parameters`, their later form, which may hold
     one dictionary for each `kind` of layer; what `rope_scaling` says beside it (hf_overrides) comes first.
-    `scaled=False`: this kind of layer ignores `rope_scaling`. `dim`, `theta`: if not the usual ones."""
+    `scaled=False`: this kind of layer ignores `rope_scaling`. `dim`, `theta`: if not the usual ones. `share`: of a head's
+    numbers this part is rotated, unless `partial_rotary_factor` says otherwise; None: the family rotates all, always."""
     scaling, parameters = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
     parameters = (parameters.get(kind, parameters) if kind else parameters) or {}
     if scaled and scaling:
         kind = scaling.get("rope_type") or scaling.get("type") or parameters.get("rope_type")
         parameters = {**parameters, **scaling, "rope_type": kind}
     theta = hf.get(theta_key) or parameters.get("rope_theta") or theta  # the older key: an override, where both are there
-    return make_rope(dim or head_dim(hf), float(theta), parameters, hf["max_position_embeddings"])
+    dim = dim or head_dim(hf)
+    if share is not None:
+        parameters = dict(parameters)
+        dim = int(dim * (parameters.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or share))
+    return make_rope(dim, float(theta), parameters, hf["max_position_embeddings"], interleaved)
 
 
 def windows(hf: HF, window: int | None) -> tuple[int | None, ...]:
