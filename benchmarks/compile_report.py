@@ -173,13 +173,14 @@ def _step(T: int, R: int) -> tuple[Any, ...]:
 
     config = door("llama").decoder_config(HFConfig(LLAMA_3_8B))
     graph, treedef, abstract = abstract_decoder(config, jnp.bfloat16)
-    dims = programs.Dims(num_slots=256, max_pages=256, num_pages=20000, page_size=32, max_model_len=8192, vocab_size=128256,
+    dims = programs.Dims(num_slots=256, columns=(256,), num_pages=20000, page_size=32, max_model_len=8192, vocab_size=128256,
                          max_logprobs=20)  # fmt: skip
-    caches = tuple(kv_cache.specs(config, dims.num_pages, dims.page_size, jnp.bfloat16))
+    kv = kv_cache.layout(config, dims.max_model_len)
+    caches = tuple(kv_cache.specs(config, kv, dims.num_pages, dims.page_size, jnp.bfloat16))
     bucket = Bucket(T, R)
     packed = jax.ShapeDtypeStruct((packing.size(programs.forward_layout(bucket, dims)),), jnp.int32)
     last_token = jax.ShapeDtypeStruct((dims.num_slots,), jnp.int32)
-    call = lambda ops: programs.make_forward(graph, treedef, config, ops, bucket, dims)
+    call = lambda ops: programs.make_forward(graph, treedef, config, kv, ops, bucket, dims)
     return call, (tuple(abstract.values()), caches, last_token, packed), (1,)
 
 

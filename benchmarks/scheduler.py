@@ -222,7 +222,7 @@ def matching(rounds: int) -> float:
     request = Request("r", prompt, GREEDY, max_total_tokens=MODEL_LEN)
     state = all_admitted(scheduler.add(scheduler.initial(load.limits()), request))
     asked = np.asarray(prompt, np.int32)
-    assert len(pages.match(state.pool, asked, "").pages) == (len(prompt) - 1) // PAGE
+    assert len(pages.match(state.pool, asked, "").keys) == (len(prompt) - 1) // PAGE
     return 1e6 * min(_seconds(lambda: pages.match(state.pool, asked, "")) for _ in range(20 * rounds)) * 1000 / len(prompt)
 
 
@@ -237,7 +237,7 @@ def packing_time(params: SamplingParams, rounds: int) -> float | None:
     bucket: Bucket = batch.choose(batch.ladder(BUDGET, load.running), plan)
     built = batch.build(state, plan, bucket)
     lim = load.limits()
-    dims = programs.Dims(lim.max_num_seqs, lim.max_pages_per_seq, lim.num_pages, PAGE, MODEL_LEN, VOCAB, 20)
+    dims = programs.Dims(lim.max_num_seqs, lim.columns, lim.num_pages, PAGE, MODEL_LEN, VOCAB, 20)
     layouts = programs.forward_layout(bucket, dims), programs.sample_layout(bucket.num_rows, built.variant, dims)
     fields = built._asdict() | built.sampling._asdict()
     if built.edits is not None:

@@ -1,6 +1,6 @@
 """The batch: what one step sends to the device, as fixed-shape numpy arrays, and how a plan becomes one.
 
-Dims: T tokens and R rows of the bucket, M pages a row, S slots, N longest sequence, V vocabulary. Rows are in batch order:
+Dims: T tokens and R rows of the bucket, M pages a sequence, S slots, N longest sequence, V vocabulary. Rows are in batch order:
 decodes (one token) first, then chunks. Padding: tokens have row R, rows have slot S, page 0 and no tokens.
 """
 
@@ -66,7 +66,8 @@ class Batch(NamedTuple):
     carried: np.ndarray  # bool [T]: the host does not know the token yet: it is what the slot sampled last
     positions: np.ndarray  # int32 [T]
     row_of_token: np.ndarray  # int32 [T]
-    page_table: np.ndarray  # int32 [R, M]
+    page_table: np.ndarray  # int32 [R, C]: of each group of layers the pages it may see, C = sum of `Limits.columns`
+    first_page: np.ndarray  # int32 [R, groups]: which page of the sequence the group's first column is
     kv_lens: np.ndarray  # int32 [R]: tokens in the cache once this step has written; the position that is sampled
     query_start: np.ndarray  # int32 [R + 1]
     slots: np.ndarray  # int32 [R]
@@ -130,12 +131,14 @@ def build(state: State, plan: Plan, bucket: Bucket) -> Batch:
     wishes = state.wishes.read().take(slots)  # the field of a record is a view: nothing is copied row by row
     variant = _variant(wishes, ends - state.seats.num_prompt[plan.slots])
     wants_prompt = bool(wishes["prompt_logprobs"].any())
+    page_table, first_page = _page_tables(state, plan, R)
     return Batch(
         tokens=_padded(state.tokens.read()[slot, positions], T, 0),
         carried=_padded(positions >= state.seats.num_known[slot], T, False),
         positions=_padded(positions, T, 0),
         row_of_token=_padded(row, T, R),
-        page_table=_page_table(state, plan, R),
+        page_table=page_table,
+        first_page=first_page,
         kv_lens=_padded(ends, R, 0),
         query_start=_padded(starts, R + 1, starts[-1]),
         slots=slots,
@@ -181,12 +184,22 @@ def _padded(values: np.ndarray, size: int, fill: int | bool) -> np.ndarray:
     return out
 
 
-def _page_table(state: State, plan: Plan, num_rows: int) -> np.ndarray:
-    """Entries past a row's pages are left over from the slot's past and are never read; padding rows are null."""
-    table = np.zeros((num_rows, state.limits.max_pages_per_seq), np.int32)
-    used = int(state.seats.num_pages[plan.slots].max())
-    table[: len(plan.slots), :used] = state.page_table.read()[plan.slots, :used]
-    return table
+def _page_tables(state: State, plan: Plan, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Entries past a row's pages are left over from the slot's past and are never read; padding rows are null. A group that
+    sees a window has fewer columns than a sequence may have pages: they begin with the first page that it still holds."""
+    limits, (n, slots) = state.limits, (len(plan.slots), plan.slots)
+    columns, M, whole = limits.columns, limits.max_pages_per_seq, state.page_table.read()
+    tables, first = np.zeros((num_rows, sum(columns)), np.int32), np.zeros((num_rows, len(columns)), np.int32)
+    used, at = int(state.seats.num_pages[slots].max()), 0
+    for g, width in enumerate(columns):
+        if width == M:
+            tables[:n, at : at + used] = whole[slots, g * M : g * M + used]
+        else:
+            first[:n, g] = state.seats.dropped[slots, g]
+            places = np.minimum(first[:n, g, None] + np.arange(width), M - 1)
+            tables[:n, at : at + width] = whole[slots[:, None], g * M + places]
+        at += width
+    return tables, first
 
 
 def _targets(state: State, slot: np.ndarray, positions: np.ndarray, size: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ from jaxpaged.models import door
 from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.models.standard import TIED
 from jaxpaged.programs import Dims
+from jaxpaged.reach import Reach
 from jaxpaged.request import RequestError
 from jaxpaged.runner import ModelRunner, abstract_decoder
 from jaxpaged.scheduler import Limits
 from jaxpaged.tokenizer import Tokenizer, load_tokenizer
+from pallas_kernels.checks import QUANTIZED
 from pallas_kernels.ops import Ops, backend
 
 log = logging.getLogger(__name__)
 
+CACHE_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}  # of kv_cache_dtype; the others are JAX's names
 SAMPLING_KEYS = {key: key for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} | {
     "max_new_tokens": "max_tokens"
 }  # of generation_config.json -> of SamplingParams
@@ -103,7 +106,8 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     stages.done("compile")
     generation_config = _generation_config(path, checkpoint)
     eos_ids = _eos_ids(tokenizer, generation_config, hf)
-    engine = Engine(_limits(config, decoder_config, plan.num_pages), runner, runner.buckets, tokenizer, eos_ids,
+    limits = _limits(config, decoder_config, runner.kv.reaches, plan.num_pages)
+    engine = Engine(limits, runner, runner.buckets, tokenizer, eos_ids,
                     config.max_logprobs, config.async_scheduling, config.seed)  # fmt: skip
     log.info("%s", plan.table(int(config.block_size)))
     return Built(engine, runner, config, decoder_config, tokenizer, generation_config, plan, stages.seconds)
@@ -159,7 +163,7 @@ def _load(config: EngineConfig, family: Any, decoder_config: DecoderConfig, chec
     return weights.load(checkpoint, leaves, family.names(decoder_config), progress=progress, ignore=ignored)
 
 
-def _limits(config: EngineConfig, decoder_config: DecoderConfig, num_pages: int) -> Limits:
+def _limits(config: EngineConfig, decoder_config: DecoderConfig, reaches: tuple[Reach, ...], num_pages: int) -> Limits:
     return Limits(
         max_num_seqs=int(config.max_num_seqs),
         max_num_batched_tokens=int(config.max_num_batched_tokens),
@@ -170,6 +174,7 @@ def _limits(config: EngineConfig, decoder_config: DecoderConfig, num_pages: int)
         policy=config.scheduling_policy,
         enable_prefix_caching=config.enable_prefix_caching,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
+        reaches=reaches,
     )
 
 
@@ -181,20 +186,23 @@ def _runner(config: EngineConfig, decoder_config: DecoderConfig, leaves: dict[st
     weight_bytes = sum(x.nbytes for x in leaves.values())
     limit = memory.device_limit(device, config.gpu_memory_utilization)
     temporaries = _expected_temporaries(decoder_config, buckets, jnp.dtype(config.dtype).itemsize)
-    page_bytes = kv_cache.page_bytes(decoder_config, int(config.block_size), jnp.dtype(config.dtype))
-    ops = _kernels(config, device)
+    cache_dtype, ops = _cache_dtype(config, decoder_config), _kernels(config, device)
+    kv = kv_cache.layout(decoder_config, int(config.max_model_len or 0), hybrid=not config.disable_hybrid_kv_cache_manager)
+    page_bytes = kv_cache.page_bytes(decoder_config, kv, int(config.block_size), cache_dtype)
     while True:
+        account = limit, weight_bytes, temporaries, page_bytes
         if auto_length:
-            config = _fit(config, limit, weight_bytes, temporaries, page_bytes)
-        plan = memory.plan(config, limit, weight_bytes, temporaries, page_bytes)
-        runner = ModelRunner(decoder_config, leaves, buckets, _dims(config, decoder_config, plan.num_pages), ops,
-                             config.dtype, device, lazy=config.enforce_eager)  # fmt: skip
+            config = _fit(config, _limits(config, decoder_config, kv.reaches, 0), *account)
+        limits = _limits(config, decoder_config, kv.reaches, 0)
+        plan = memory.plan(config, limits, *account)
+        runner = ModelRunner(decoder_config, leaves, buckets, _dims(config, limits, plan.num_pages), ops, cache_dtype,
+                             device, config.enforce_eager, kv)  # fmt: skip
         _compile(runner, progress)
         actual = runner.memory()
         known = actual.temporaries or temporaries  # nothing is compiled yet with enforce_eager
         if limit is None or config.num_gpu_blocks_override or actual.total <= limit:
             runner.allocate()
-            return runner, memory.MemoryPlan(limit, weight_bytes, known, page_bytes, plan.num_pages), config
+            return runner, replace(plan, temporaries=known), config
         temporaries = known
 
 
@@ -218,10 +226,20 @@ def _fit(config: EngineConfig, *account: Any) -> EngineConfig:
     return fitted
 
 
-def _dims(config: EngineConfig, decoder_config: DecoderConfig, num_pages: int) -> Dims:
-    page_size, longest = int(config.block_size), int(config.max_model_len or 0)
-    return Dims(int(config.max_num_seqs), -(-longest // page_size), num_pages, page_size, longest,
-                decoder_config.vocab_size, min(config.max_logprobs, decoder_config.vocab_size))  # fmt: skip
+def _cache_dtype(config: EngineConfig, decoder_config: DecoderConfig) -> str:
+    """The dtype of keys and values."""
+    dtype = CACHE_DTYPES.get(config.kv_cache_dtype, config.kv_cache_dtype)
+    if dtype == "auto":
+        return config.dtype
+    if dtype in QUANTIZED and any(not spec.attention.cached[2] for spec in decoder_config.layers):
+        raise RequestError(f"kv_cache_dtype={config.kv_cache_dtype!r} is not supported for this model: its latent vectors "
+                           "(MLA) are kept as they are; use 'auto'.", "kv_cache_dtype")  # fmt: skip
+    return dtype
+
+
+def _dims(config: EngineConfig, limits: Limits, num_pages: int) -> Dims:
+    return Dims(limits.max_num_seqs, limits.columns, num_pages, limits.page_size, limits.max_model_len,
+                limits.vocab_size, min(config.max_logprobs, limits.vocab_size))  # fmt: skip
 
 
 def _expected_temporaries(config: DecoderConfig, buckets: tuple[Bucket, ...], itemsize: int) -> int:

@@ -12,12 +12,13 @@ from jaxpaged.request import RequestError, refuse_unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8")
 POLICIES = ("fcfs", "priority")
 # Arguments of vLLM's LLM that this version does not have, and the values that ask for nothing: those are taken, so that a
 # script runs after changing the import; any other value is refused by name.
 NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "tokenizer_mode": ("auto", "hf", "slow"), "tokenizer_revision": (None,), "runner": ("auto", "generate"),
-    "convert": ("auto", "none"), "quantization": (None,), "kv_cache_dtype": ("auto",), "cpu_offload_gb": (0,),
+    "convert": ("auto", "none"), "quantization": (None,), "cpu_offload_gb": (0,),
     "swap_space": (0, 4), "enable_lora": (False,), "enable_sleep_mode": (False,), "enable_expert_parallel": (False,),
     "data_parallel_size": (1,), "distributed_executor_backend": (None, "mp", "uni"), "disable_custom_all_reduce": (False, True),
     "disable_sliding_window": (False,), "speculative_config": (None,), "compilation_config": (None,),
@@ -35,6 +36,8 @@ class EngineConfig:
       bfloat16 on GPU.
     max_model_len: longest sequence in tokens, prompt and output; "auto" is the model's own limit.
     block_size: tokens a page ("auto": 16 on CPU, 32 on GPU). num_gpu_blocks_override: exactly so many pages.
+    kv_cache_dtype: of keys and values: "auto" is `dtype`; "fp8" (e4m3) and "int8" keep one byte a number and a scale for each
+      token and head. disable_hybrid_kv_cache_manager: keep all of a sequence also for layers that see a window only.
     kv_cache_memory_bytes: exactly so much memory for the cache; else what gpu_memory_utilization leaves.
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens a step.
     long_prefill_token_threshold: longest chunk of one prompt a step; 0: no limit but the budget.
@@ -63,6 +66,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
+    kv_cache_dtype: str = "auto"
+    disable_hybrid_kv_cache_manager: bool = False
     max_num_seqs: int | str = "auto"
     max_num_batched_tokens: int | str = "auto"
     enable_prefix_caching: bool = True
@@ -87,6 +92,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_model_len", _length(self.max_model_len))
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, CACHE_DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("scheduling_policy", self.scheduling_policy, POLICIES)
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxpaged.config import DTYPES, LOAD_FORMATS, POLICIES, EngineConfig
+from jaxpaged.config import CACHE_DTYPES, DTYPES, LOAD_FORMATS, POLICIES, EngineConfig
 from jaxpaged.request import RequestError, refuse_unknown
 
 MODEL, MEMORY, SCHEDULING, COMPILING = "Model", "Memory", "Scheduling", "Compilation and device"
@@ -39,6 +39,8 @@ HELP: dict[str, tuple[str, str]] = {
     "gpu_memory_utilization": (MEMORY, "Share of the device's memory that may be used."),
     "kv_cache_memory_bytes": (MEMORY, "Exactly so many bytes for the KV cache."),
     "num_gpu_blocks_override": (MEMORY, "Exactly so many pages."),
+    "kv_cache_dtype": (MEMORY, f"Of keys and values: {', '.join(CACHE_DTYPES)}. fp8, int8: a byte a number, with scales."),
+    "disable_hybrid_kv_cache_manager": (MEMORY, "Keep whole sequences also for layers that see a window only."),
     "max_num_seqs": (SCHEDULING, "Sequences that run at once."),
     "max_num_batched_tokens": (SCHEDULING, "Tokens a step."),
     "enable_prefix_caching": (SCHEDULING, "Share pages of equal prefixes."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,29 @@ import numpy as np
 from jax import Array
 
 from jaxpaged.models.spec import AttentionSpec, DecoderConfig, LayerSpec, MLASpec
+from jaxpaged.reach import EVERYTHING, Places, Reach, grouped
 from pallas_kernels.checks import QUANTIZED
 from pallas_kernels.ops import Ops
+
+
+class Layout(NamedTuple):
+    """Which layers share a page table, and which share arrays (in pages of their own): see `reach`."""
+
+    reaches: tuple[Reach, ...]  # of each group
+    places: Places
+
+    @property
+    def size(self) -> int:
+        """Layers of a group: sets of arrays that there are."""
+        return 1 + max(place for _, place in self.places)
+
+
+def layout(config: DecoderConfig, max_model_len: int, hybrid: bool = True) -> Layout:
+    """hybrid: layers that see a window only keep no more than that. Layers that leave different things in the cache are one
+    group that sees everything."""
+    if not hybrid or len({spec.attention.cached for spec in config.layers}) > 1:
+        return Layout(EVERYTHING, tuple((0, i) for i in range(len(config.layers))))
+    return Layout(*grouped([Reach(spec.window, spec.chunk) for spec in config.layers], max_model_len))
 
 
 def layer_specs(spec: LayerSpec, num_pages: int, page_size: int, dtype: Any) -> list[jax.ShapeDtypeStruct]:
@@ -31,33 +52,43 @@ def layer_specs(spec: LayerSpec, num_pages: int, page_size: int, dtype: Any) -> 
     return arrays
 
 
-def specs(config: DecoderConfig, num_pages: int, page_size: int, dtype: Any) -> list[jax.ShapeDtypeStruct]:
-    """Shapes of all cache arrays: those of layer 0, of layer 1, ..."""
-    return [array for spec in config.layers for array in layer_specs(spec, num_pages, page_size, dtype)]
+def specs(config: DecoderConfig, layout: Layout, num_pages: int, page_size: int, dtype: Any) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of all cache arrays: those of a group's first layer, of its second, ..."""
+    first = {place: spec for spec, (_, place) in zip(reversed(config.layers), reversed(layout.places))}
+    return [array for place in range(layout.size) for array in layer_specs(first[place], num_pages, page_size, dtype)]
 
 
-def page_bytes(config: DecoderConfig, page_size: int, dtype: Any) -> int:
-    """Bytes that one page takes over all layers."""
-    return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs(config, 1, page_size, dtype))
+def page_bytes(config: DecoderConfig, layout: Layout, page_size: int, dtype: Any) -> int:
+    """Bytes that one page takes over all layers of its group."""
+    return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs(config, layout, 1, page_size, dtype))
 
 
-def create(config: DecoderConfig, num_pages: int, page_size: int, dtype: Any, device: jax.Device) -> list[Array]:
-    """Zeroed caches on `device`, flat as in `specs`."""
+def create(specs: Sequence[jax.ShapeDtypeStruct], device: jax.Device) -> list[Array]:
+    """Zeroed caches on `device`."""
     with jax.default_device(device):
-        return [jax.device_put(jnp.zeros(s.shape, s.dtype), device) for s in specs(config, num_pages, page_size, dtype)]
+        return [jax.device_put(jnp.zeros(s.shape, s.dtype), device) for s in specs]
+
+
+class Pages(NamedTuple):
+    """A group's view of a step. `page_table` [R, C] begins with the page of a sequence that is its first; lengths are counted
+    from there: attention knows distances only."""
+
+    page_table: Array
+    kv_lens: Array  # [R]
+    pages: Array  # [T]: where each token goes; >= P: nowhere
+    offsets: Array  # [T]
 
 
 class PagedStep:
     """The decoder's `Step` over pages: writes the step's keys and values, then attends. Lives for one trace; the written
     caches are collected in `caches`."""
 
-    def __init__(self, config: DecoderConfig, ops: Ops, caches: Sequence[Array], batch, pages: Array, offsets: Array):
-        self.config, self.ops, self.batch, self.pages, self.offsets = config, ops, batch, pages, offsets
-        rest, self._caches = list(caches), []
-        for spec in config.layers:
-            count = len(layer_specs(spec, 1, 1, caches[0].dtype))
-            self._caches.append(rest[:count])
-            del rest[:count]
+    def __init__(self, config: DecoderConfig, layout: Layout, ops: Ops, caches: Sequence[Array], groups: Sequence[Pages],
+                 query_start: Array, counts: Array):  # fmt: skip
+        self.config, self.layout, self.ops, self.groups = config, layout, ops, groups
+        self.query_start, self.counts = query_start, counts
+        count = len(caches) // layout.size
+        self._caches = [list(caches[i * count : (i + 1) * count]) for i in range(layout.size)]
 
     @property
     def caches(self) -> list[Array]:
@@ -68,27 +99,29 @@ class PagedStep:
         if isinstance(spec, MLASpec):
             return self._attend_latent(layer, spec, q, k)
         assert v is not None
-        caches = self._caches[layer]
+        group, place = self.layout.places[layer]
+        caches, to = self._caches[place], self.groups[group]
         scales = dict(zip(("k_scales", "v_scales"), caches[2:]))
-        caches = self.ops.write_kv(*caches[:2], k, v, self.pages, self.offsets, **scales)
-        self._caches[layer] = list(caches)
+        caches = self.ops.write_kv(*caches[:2], k, v, to.pages, to.offsets, **scales)
+        self._caches[place] = list(caches)
         return self._attend(layer, spec, q, *caches[:2], sinks=sinks, **dict(zip(("k_scales", "v_scales"), caches[2:])))
 
     def _attend_latent(self, layer: int, spec: MLASpec, q: Array, k: Array) -> Array:
         """The values are the keys' first numbers: one array is both, and what it gives beyond them is cut off."""
-        (cache,) = self._caches[layer]
-        cache = cache.at[self.pages, self.offsets].set(k.astype(cache.dtype), mode="drop")
-        self._caches[layer] = [cache]
+        group, place = self.layout.places[layer]
+        (cache,), to = self._caches[place], self.groups[group]
+        cache = cache.at[to.pages, to.offsets].set(k.astype(cache.dtype), mode="drop")
+        self._caches[place] = [cache]
         return self._attend(layer, spec, q, cache, cache)[..., : spec.kv_rank]
 
     def _attend(self, layer: int, spec: AttentionSpec | MLASpec, q: Array, k_pages: Array, v_pages: Array, **more) -> Array:
-        b, place = self.batch, self.config.layers[layer]
+        of, place = self.groups[self.layout.places[layer][0]], self.config.layers[layer]
         if spec.alibi is not None:
             more["alibi"] = jnp.asarray(spec.alibi, jnp.float32)
         if place.chunk is not None:
             more["chunk"] = place.chunk
         out, _ = self.ops.paged_attention(
-            q, k_pages, v_pages, b.page_table, b.kv_lens, b.query_start, b.counts, scale=spec.scale,
+            q, k_pages, v_pages, of.page_table, of.kv_lens, self.query_start, self.counts, scale=spec.scale,
             window=place.window, soft_cap=spec.soft_cap, **more,
         )  # fmt: skip
         return out

@@ -9,6 +9,7 @@ import jax
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.request import RequestError
+from jaxpaged.state import Limits
 
 CPU_CACHE_BYTES = 1 << 30  # a machine's memory is not ours alone: on CPU the cache takes this unless told otherwise
 
@@ -22,6 +23,7 @@ class MemoryPlan:
     temporaries: int
     page_bytes: int
     num_pages: int
+    per_sequence: int  # pages that a sequence of max_model_len tokens needs
 
     @property
     def cache(self) -> int:
@@ -33,7 +35,8 @@ class MemoryPlan:
             rows.append(("reserve", max(0, self.limit - self.weights - self.temporaries - self.cache)))
         lines = [f"  {name:<12}{size / 2**20:>12,.1f} MiB" for name, size in rows]
         pages = f"{self.num_pages:,} pages of {page_size} tokens ({self.page_bytes / 2**10:,.0f} KiB each)"
-        return "\n".join(["memory:", *lines, f"  {pages} = {(self.num_pages - 1) * page_size:,} tokens"])
+        room = (self.num_pages - 1) / self.per_sequence
+        return "\n".join(["memory:", *lines, f"  {pages}, room for {room:,.1f} sequences of max_model_len tokens"])
 
 
 def device_limit(device: jax.Device, utilization: float) -> int | None:
@@ -42,28 +45,33 @@ def device_limit(device: jax.Device, utilization: float) -> int | None:
     return int(stats["bytes_limit"] * utilization) if stats else None
 
 
-def plan(config: EngineConfig, limit: int | None, weights: int, temporaries: int, page_bytes: int) -> MemoryPlan:
+def plan(
+    config: EngineConfig, limits: Limits, limit: int | None, weights: int, temporaries: int, page_bytes: int
+) -> MemoryPlan:
     """As many pages as the configuration and the device allow, but never more than all sequences at their longest need.
 
-    RequestError, with the flag that would fit, if not even one longest sequence has room."""
-    per_sequence = -(-int(config.max_model_len or 0) // int(config.block_size))
+    limits: the scheduler's; only num_pages is not known yet. RequestError, with the flag that would fit, if not even one
+    longest sequence has room."""
+    per_sequence = limits.pages_for(limits.max_model_len)
     most = per_sequence * int(config.max_num_seqs) + 1  # page 0 is the null page
     pages = _pages(config, limit, weights, temporaries, page_bytes)
     pages = pages if config.num_gpu_blocks_override else min(most, pages)
     if pages < per_sequence + 1:
-        fits = max(0, pages - 1) * int(config.block_size)
+        fits = limits.tokens_in(max(0, pages - 1))
         needed = (per_sequence + 1) * page_bytes
         raise RequestError(
             f"the KV cache has room for {fits:,} tokens, one sequence of max_model_len={config.max_model_len:,} needs "
             f"{needed:,} bytes of cache; set max_model_len to at most {fits:,}, or kv_cache_memory_bytes={needed} "
             "or more.", "max_model_len",
         )  # fmt: skip
-    return MemoryPlan(limit, weights, temporaries, page_bytes, pages)
+    return MemoryPlan(limit, weights, temporaries, page_bytes, pages, per_sequence)
 
 
-def fitted(config: EngineConfig, limit: int | None, weights: int, temporaries: int, page_bytes: int) -> EngineConfig:
+def fitted(
+    config: EngineConfig, limits: Limits, limit: int | None, weights: int, temporaries: int, page_bytes: int
+) -> EngineConfig:
     """`config` with max_model_len no longer than what the cache has room for: what "auto" means where memory is short."""
-    room = (_pages(config, limit, weights, temporaries, page_bytes) - 1) * int(config.block_size)
+    room = limits.tokens_in(_pages(config, limit, weights, temporaries, page_bytes) - 1)
     return config if int(config.max_model_len or 0) <= room or room < 1 else config.replace(max_model_len=room)
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxpaged.reach import EVERYTHING, Reach
 from jaxpaged.versioned import Array, Map
 
 NULL_PAGE = 0
@@ -33,12 +34,13 @@ class Tail(NamedTuple):
 
 
 class Match(NamedTuple):
-    """What a prompt shares: full pages with their keys, and `tail_tokens` tokens of the page `tail` (-1: none)."""
+    """What a prompt shares: its first full pages with their keys, and `tail_tokens` tokens of the page `tail` (-1: none).
+    pages: of each group of layers those that are still seen, the last of them being the last of the full pages."""
 
-    pages: list[int]
     keys: list[Key]
-    tail: int
-    tail_tokens: int
+    pages: tuple[list[int], ...]
+    tail: int = -1
+    tail_tokens: int = 0
 
 
 class Pool(NamedTuple):
@@ -95,20 +97,52 @@ def split(tokens: np.ndarray, page_size: int) -> Iterator[bytes]:
     return (words[at : at + size] for at in range(0, len(words) - size + 1, size))
 
 
-def match(pool: Pool, tokens: np.ndarray, salt: str) -> Match:
-    """The longest known prefix of `tokens`, but at least one token is left to compute."""
-    K, most, full = pool.page_size, len(tokens) - 1, pool.full.read()
-    parent, pages, keys = root(salt), [], []
-    for words in split(tokens[:most], K):
-        key = page_key(parent, words)
-        page = full.get(key)
-        if page is None:
+def of_group(key: Key, group: int) -> Key:
+    """Where the page of that group of layers is filed: the first one's under the key itself."""
+    return key + bytes((group,)) if group else key
+
+
+def match(pool: Pool, tokens: np.ndarray, salt: str, reaches: Sequence[Reach] = EVERYTHING) -> Match:
+    """The longest known prefix of `tokens`, but at least one token is left to compute. Of a group of layers that does not see
+    everything, only the pages must be there that the next token sees."""
+    K, most = pool.page_size, len(tokens) - 1
+    keys, found = _walk(pool, tokens[:most], salt, reaches)
+    count, first = _longest(found, K, reaches)
+    pages = tuple([page for page in found[g][start:count] if page is not None] for g, start in enumerate(first))
+    if len(reaches) > 1:
+        return Match(keys[:count], pages)
+    parent = keys[count - 1] if count else root(salt)
+    return Match(keys[:count], pages, *_match_tail(pool, parent, tokens[count * K : most]))
+
+
+def _walk(pool: Pool, tokens: np.ndarray, salt: str, reaches: Sequence[Reach]) -> tuple[list[Key], list[list[int | None]]]:
+    """Keys of the full pages of `tokens`, and of each group the page that is filed there, up to where one is missing that
+    every token sees."""
+    full, parent = pool.full.read(), root(salt)
+    keys: list[Key] = []
+    found: list[list[int | None]] = [[] for _ in reaches]
+    for words in split(tokens, pool.page_size):
+        parent = page_key(parent, words)
+        pages = [full.get(of_group(parent, g)) for g in range(len(reaches))]
+        if any(page is None and reach.unlimited for page, reach in zip(pages, reaches)):
             break
-        pages.append(page)
-        keys.append(key)
-        parent = key
-    tail, shared = _match_tail(pool, parent, tokens[len(pages) * K : most])
-    return Match(pages, keys, tail, shared)
+        keys.append(parent)
+        for group, page in zip(found, pages):
+            group.append(page)
+    return keys, found
+
+
+def _longest(found: list[list[int | None]], K: int, reaches: Sequence[Reach]) -> tuple[int, list[int]]:
+    """The longest prefix, in pages, of which each group has all that is seen, and where that begins."""
+    best, run = (0, [0] * len(reaches)), [0] * len(reaches)
+    if all(reach.unlimited for reach in reaches):
+        return len(found[0]), best[1]
+    for n in range(1, len(found[0]) + 1):
+        run = [so_far + 1 if group[n - 1] is not None else 0 for so_far, group in zip(run, found)]
+        first = [reach.first_seen(n * K) // K for reach in reaches]
+        if all(have >= n - start for have, start in zip(run, first)):
+            best = n, first
+    return best
 
 
 def _match_tail(pool: Pool, parent: Key, tokens: np.ndarray) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jax import Array
 
 from jaxpaged import packing, sampler
 from jaxpaged.batch import Bucket, Edits, Sampling, Variant
-from jaxpaged.kv_cache import PagedStep
+from jaxpaged.kv_cache import Layout, PagedStep, Pages
 from jaxpaged.models.decoder import Decoder, head_logits
 from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.request import MAX_LOGIT_BIAS
@@ -38,21 +38,12 @@ class Dims:
     """The fixed sizes of an engine's programs."""
 
     num_slots: int  # S
-    max_pages: int  # M
+    columns: tuple[int, ...]  # of each group's page table
     num_pages: int  # P
     page_size: int  # K
     max_model_len: int  # N
     vocab_size: int  # V
     max_logprobs: int
-
-
-class Metadata(NamedTuple):
-    """What the kernels need to know of the batch."""
-
-    page_table: Array
-    kv_lens: Array
-    query_start: Array
-    counts: Array
 
 
 def forward_layout(bucket: Bucket, dims: Dims) -> packing.Layout:
@@ -63,7 +54,8 @@ def forward_layout(bucket: Bucket, dims: Dims) -> packing.Layout:
         "carried": ((T,), np.dtype(np.bool_)),
         "positions": ((T,), i32),
         "row_of_token": ((T,), i32),
-        "page_table": ((R, dims.max_pages), i32),
+        "page_table": ((R, sum(dims.columns)), i32),
+        "first_page": ((R, len(dims.columns)), i32),
         "kv_lens": ((R,), i32),
         "query_start": ((R + 1,), i32),
         "slots": ((R,), i32),
@@ -101,25 +93,34 @@ def sample_layout(num_rows: int, variant: Variant, dims: Dims) -> packing.Layout
     }
 
 
-def make_forward(graph: nnx.GraphDef, treedef: Any, config: DecoderConfig, ops: Ops, bucket: Bucket, dims: Dims):
+def make_forward(graph: nnx.GraphDef, treedef: Any, config: DecoderConfig, kv: Layout, ops: Ops, bucket: Bucket, dims: Dims):
     """The decoder over one batch. Padding tokens have row R: their keys go to page P, which does not exist (dropped)."""
     layout = forward_layout(bucket, dims)
 
     def forward(leaves: Sequence[Array], caches: Sequence[Array], last_token: Array, packed: Array):
         b = packing.unpack(layout, packed)
-        row, positions = b["row_of_token"], b["positions"]
-        slot = b["slots"].at[row].get(mode="fill", fill_value=dims.num_slots)
+        slot = b["slots"].at[b["row_of_token"]].get(mode="fill", fill_value=dims.num_slots)
         carried = last_token.at[slot].get(mode="fill", fill_value=0)
         tokens = jnp.where(b["carried"], carried, b["tokens"])
-        pages = b["page_table"].at[row, positions // dims.page_size].get(mode="fill", fill_value=dims.num_pages)
-        metadata = Metadata(b["page_table"], b["kv_lens"], b["query_start"], b["counts"])
-        step = PagedStep(config, ops, caches, metadata, pages, positions % dims.page_size)
+        step = PagedStep(config, kv, ops, caches, _groups(b, dims), b["query_start"], b["counts"])
         decoder: Decoder = nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
-        hidden = decoder.hidden(tokens, positions, step)
+        hidden = decoder.hidden(tokens, b["positions"], step)
         last = jnp.maximum(b["query_start"][1:] - 1, 0)
         return tuple(step.caches), hidden, hidden[:, last]
 
     return forward
+
+
+def _groups(b: dict[str, Array], dims: Dims) -> list[Pages]:
+    """Each group of layers' part of the page table, and the places that it gives the step's tokens."""
+    K, row, positions, found, at = dims.page_size, b["row_of_token"], b["positions"], [], 0
+    for g, width in enumerate(dims.columns):
+        table, first = b["page_table"][:, at : at + width], b["first_page"][:, g]
+        column = positions // K - first.at[row].get(mode="fill", fill_value=0)
+        pages = table.at[row, column].get(mode="fill", fill_value=dims.num_pages)
+        found.append(Pages(table, jnp.maximum(b["kv_lens"] - first * K, 0), pages, positions % K))
+        at += width
+    return found
 
 
 def make_sample(config: DecoderConfig, ops: Ops, num_rows: int, variant: Variant, dims: Dims) -> Callable:

@@ -29,7 +29,11 @@ def full_pages(state: State, slots: np.ndarray) -> State:
         keys.append(parents[i])
     seats = copied(s, "num_published")
     seats.num_published[slots] = full
-    pool = pages.publish(state.pool, state.page_table.read()[slots[row], column].tolist(), keys)
+    pool, table, M = state.pool, state.page_table.read(), state.limits.max_pages_per_seq
+    for g in range(len(state.limits.reaches)):
+        there = column >= s.dropped[slots[row], g]
+        found = table[slots[row], column + g * M][there].tolist()
+        pool = pages.publish(pool, found, [pages.of_group(key, g) for key, is_in in zip(keys, there.tolist()) if is_in])
     return state._replace(pool=pool, seats=seats, parents=state.parents.set(slots, parents))
 
 
@@ -37,6 +41,8 @@ def tail(state: State, slot: int, upto: int) -> State:
     """Files the partly filled page that ends at position `upto` of a slot whose full pages are published."""
     K = state.limits.page_size
     full = upto // K
+    if len(state.limits.reaches) > 1:  # each group has a tail of its own: pages are shared whole
+        return state
     if not state.limits.enable_prefix_caching or upto % K == 0 or state.seats.num_published[slot] != full:
         return state
     tokens = tuple(state.tokens.read()[slot, full * K : upto].tolist())

@@ -81,9 +81,11 @@ class ModelRunner:
         cache_dtype: Any,
         device: jax.Device,
         lazy: bool = False,
+        kv: kv_cache.Layout | None = None,
     ):
         self.config, self.dims, self.ops, self.device, self.lazy = config, dims, ops, device, lazy
         self.buckets, self.cache_dtype = tuple(buckets), jnp.dtype(cache_dtype)
+        self.kv = kv or kv_cache.layout(config, dims.max_model_len)
         weight = next(iter(leaves.values()))
         self._graph, self._treedef, abstract = abstract_decoder(config, weight.dtype)
         self._leaves = tuple(leaves[path] for path in abstract)
@@ -125,8 +127,7 @@ class ModelRunner:
     def allocate(self) -> None:
         """Creates the cache, empty. The old one, if any, is let go first."""
         self._caches = ()
-        d = self.dims
-        self._caches = tuple(kv_cache.create(self.config, d.num_pages, d.page_size, self.cache_dtype, self.device))
+        self._caches = tuple(kv_cache.create(self._cache_specs(), self.device))
 
     def memory(self) -> Memory:
         """What the compiled programs need, from XLA's `memory_analysis()`."""
@@ -136,8 +137,11 @@ class ModelRunner:
             if analysis is not None:
                 temporaries = max(temporaries, analysis.temp_size_in_bytes)
         weights = sum(x.nbytes for x in self._leaves)
-        page = kv_cache.page_bytes(self.config, self.dims.page_size, self.cache_dtype)
+        page = kv_cache.page_bytes(self.config, self.kv, self.dims.page_size, self.cache_dtype)
         return Memory(weights, page * self.dims.num_pages, temporaries)
+
+    def _cache_specs(self) -> list[jax.ShapeDtypeStruct]:
+        return kv_cache.specs(self.config, self.kv, self.dims.num_pages, self.dims.page_size, self.cache_dtype)
 
     def _all_programs(self) -> list[tuple]:
         keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
@@ -150,12 +154,12 @@ class ModelRunner:
 
     def _lower(self, key: tuple) -> Any:
         d, leaves = self.dims, [_spec(x) for x in self._leaves]
-        caches = kv_cache.specs(self.config, d.num_pages, d.page_size, self.cache_dtype)
+        caches = self._cache_specs()
         head, last, E = tuple(map(_spec, self._head)), _spec(self._last_token), self.config.embed_dim
         act = self._head[0].dtype
         match key:
             case ("forward", bucket):
-                f = programs.make_forward(self._graph, self._treedef, self.config, self.ops, bucket, d)
+                f = programs.make_forward(self._graph, self._treedef, self.config, self.kv, self.ops, bucket, d)
                 packed = _ints(packing.size(programs.forward_layout(bucket, d)))
                 return jax.jit(f, donate_argnums=1).lower(tuple(leaves), tuple(caches), last, packed)
             case ("sample", rows, variant):

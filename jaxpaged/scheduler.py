@@ -7,6 +7,7 @@ budget has, in the order of their keys (priority, arrival); what is left over ad
 last token is computed samples one more, and lacks one again; or it ends, if it is there to be pooled.
 
 Order of events in `schedule`:
+  0. Pages that no token to come sees (layers with a window) come back.
   1. Running sequences get tokens, oldest first, under `max_num_batched_tokens`.
   2. They get pages. If there are too few, the newest running sequence is preempted (its pages are released, its tokens go
      back to the queue with its old key) and 1 begins again. The oldest is never preempted: it fits alone, or `add` would
@@ -46,6 +47,7 @@ from jaxpaged.state import (
     Waiting,
     check,
     copied,
+    held_by,
     initial,
     spread,
     stats,
@@ -65,15 +67,16 @@ def check_fits(limits: Limits, request: Request) -> None:
     """RequestError if the request could not even run alone: it would wait for ever."""
     K, usable = limits.page_size, limits.num_pages - 1
     last = request.pooling is None  # the last token that is sampled needs no place in the cache
-    longest = min(usable * K + last, limits.max_model_len)
+    longest = min(limits.tokens_in(usable) + last, limits.max_model_len)
     if request.max_total_tokens <= longest:
         return
     what, remedy, param = "", f"shorten the prompt to at most {longest:,} tokens", "prompt"
+    needed = limits.pages_for(request.max_total_tokens - last)
     if request.pooling is None:
         left = max(0, longest - len(request.prompt))
         what, remedy, param = " and the output", f"set max_tokens to at most {left:,}", "max_tokens"
     raise RequestError(
-        f"the prompt's {len(request.prompt):,} tokens{what} need {-(-(request.max_total_tokens - last) // K):,} pages of {K} "
+        f"the prompt's {len(request.prompt):,} tokens{what} need {needed:,} pages of {K} "
         f"tokens, the cache has {usable:,} and max_model_len is {limits.max_model_len:,}; {remedy}, or give the cache more "
         "memory.", param,
     )  # fmt: skip
@@ -133,8 +136,7 @@ def _fail_slots(state: State, slots: list[int]) -> tuple[State, list[str]]:
 
 def _end(state: State, slot: int, trusted: bool = True) -> State:
     """Frees a slot and its pages. Its tail is published; if its content is not to be trusted, nothing of it stays."""
-    seats, count = state.seats, int(state.seats.num_pages[slot])
-    held = np.array(state.page_table.read()[slot, :count])
+    seats, held = state.seats, held_by(state, slot)
     request = state.requests.read()[slot]
     if trusted:
         state = publish.tail(state, slot, int(min(seats.num_computed[slot], seats.num_known[slot])))
@@ -166,11 +168,12 @@ class _Draft:
 
 def schedule(state: State) -> tuple[State, Plan]:
     """Decides the next step. May be called again before the last plan is committed."""
-    preempted = []
+    preempted, groups = [], len(state.limits.reaches)
+    state = _drop_unseen(state)
     while True:
         slots, counts, budget = _shares(state)
         copying, need = _wants(state, slots, counts)
-        if int(need.sum()) + np.count_nonzero(copying) <= state.pool.num_free:
+        if int(need.sum()) * groups + np.count_nonzero(copying) <= state.pool.num_free:
             break
         state, request_id = _preempt_newest(state)
         preempted.append(request_id)
@@ -182,6 +185,21 @@ def schedule(state: State) -> tuple[State, Plan]:
     if draft.borrowed:
         state = state._replace(pool=_release_each(state.pool, draft.borrowed))
     return _finish_plan(state, draft)
+
+
+def _drop_unseen(state: State) -> State:
+    """Gives back the pages that no token to come sees. (Steps in flight may still read them; who gets them writes later.)"""
+    limits, seats, M = state.limits, state.seats, state.limits.max_pages_per_seq
+    if all(reach.unlimited for reach in limits.reaches):
+        return state
+    unseen = [reach.first_seen(seats.num_computed) // limits.page_size for reach in limits.reaches]
+    dropped = np.where(seats.active[:, None], np.stack(unseen, 1), 0).astype(np.int32)
+    dropped = np.maximum(dropped, seats.dropped)
+    pool, table = state.pool, state.page_table.read()
+    for slot in np.flatnonzero((dropped > seats.dropped).any(1)).tolist():  # one by one: two slots may share a page
+        ends = zip(seats.dropped[slot].tolist(), dropped[slot].tolist())
+        pool = pages.release(pool, np.concatenate([table[slot, g * M + a : g * M + b] for g, (a, b) in enumerate(ends)]))
+    return state._replace(pool=pool, seats=seats._replace(dropped=dropped))
 
 
 def _release_each(pool: Pool, borrowed: list[int]) -> Pool:
@@ -215,7 +233,8 @@ def _wants(state: State, slots: np.ndarray, counts: np.ndarray) -> tuple[np.ndar
     at = start // K
     offset, page = start - at * K, state.page_table.read()[slots, at].astype(np.int64)
     shared = (pool.refs.read()[page] > 1) | (offset < pool.valid.read()[page])
-    return shared & (offset > 0), (start + counts + (K - 1)) // K - s.num_pages[slots]
+    shared &= offset > 0  # never with several groups: they share whole pages only
+    return shared, (start + counts + (K - 1)) // K - s.num_pages[slots]
 
 
 def _copy_pages(state: State, slots: np.ndarray, draft: _Draft) -> State:
@@ -240,9 +259,17 @@ def _advance(state: State, slots: np.ndarray, counts: np.ndarray, need: np.ndarr
         first = seats.num_pages[to]
         seats.num_pages[to] += more
         row, column = spread(first, first + more)
-        pool, fresh = pages.take(state.pool, len(row))
+        groups = len(state.limits.reaches)
+        pool, fresh = pages.take(state.pool, len(row) * groups)
+        if groups > 1:
+            row, column = np.tile(row, groups), _in_each_group(column, state.limits)
         state = state._replace(pool=pool, page_table=state.page_table.set((to[row], column), fresh))
     return publish.full_pages(state._replace(seats=seats), slots)
+
+
+def _in_each_group(column: np.ndarray, limits: Limits) -> np.ndarray:
+    """Columns of the page table: the same pages of the first group, of the second, ..."""
+    return (np.arange(len(limits.reaches))[:, None] * limits.max_pages_per_seq + column).reshape(-1)
 
 
 def _preempt_newest(state: State) -> tuple[State, str]:
@@ -278,43 +305,53 @@ def _admit(state: State, draft: _Draft) -> State:
 
 def _match(state: State, waiting: Waiting) -> pages.Match:
     if not state.limits.enable_prefix_caching or waiting.request.params.skip_reading_prefix_cache:
-        return pages.Match([], [], -1, 0)
-    return pages.match(state.pool, waiting.tokens, waiting.request.cache_salt)
+        return pages.Match([], tuple([] for _ in state.limits.reaches))
+    return pages.match(state.pool, waiting.tokens, waiting.request.cache_salt, state.limits.reaches)
 
 
 def _has_room(state: State, waiting: Waiting, found: pages.Match) -> bool:
     """All pages of the known tokens, counting those that sharing would take out of the free ones."""
-    refs = state.pool.refs.read()
-    shared = [*found.pages, found.tail] if found.tail >= 0 else found.pages
+    refs, limits = state.pool.refs.read(), state.limits
+    shared = _shared(found)
     revived = sum(1 for page in shared if refs[page] == 0)
-    own = -(-len(waiting.tokens) // state.limits.page_size) - len(found.pages)
+    rest = -(-len(waiting.tokens) // limits.page_size) - len(found.keys)
+    own = sum(min(rest, most - len(group)) for most, group in zip(limits.columns, found.pages))
     return own + revived <= state.pool.num_free
+
+
+def _shared(found: pages.Match) -> list[int]:
+    return [*(page for group in found.pages for page in group), *([found.tail] if found.tail >= 0 else [])]
 
 
 def _seat(state: State, slot: int, waiting: Waiting, found: pages.Match, draft: _Draft) -> tuple[State, int]:
     """Gives a request a slot, its pages, and its first chunk. Returns how many tokens that has."""
-    limits, tokens, shared = state.limits, waiting.tokens, found.pages
-    cached = len(shared) * limits.page_size + found.tail_tokens
+    limits, tokens, groups = state.limits, waiting.tokens, len(state.limits.reaches)
+    cached = len(found.keys) * limits.page_size + found.tail_tokens
     count = min(len(tokens) - cached, draft.budget, limits.long_prefill_token_threshold or len(tokens))
-    own = -(-(cached + count) // limits.page_size) - len(shared)
-    pool = pages.hold(state.pool, shared if found.tail < 0 else [*shared, found.tail])
-    pool, fresh = pages.take(pool, own)
+    own = -(-(cached + count) // limits.page_size) - len(found.keys)
+    pool = pages.hold(state.pool, _shared(found))
+    pool, fresh = pages.take(pool, own * groups)
     if found.tail >= 0:  # a tail is shared by copying it: its sharer writes into it at once
         draft.copies.append((found.tail, int(fresh[0])))
         draft.borrowed.append(found.tail)
     draft.budget -= count
     draft.admitted.append((waiting.request.id, cached))
     state = state._replace(pool=pool, prefix_queries=state.prefix_queries + len(tokens), prefix_hits=state.prefix_hits + cached)
-    state = _sit_down(state, slot, waiting, cached + count, found, [*shared, *fresh.tolist()])
+    state = _sit_down(state, slot, waiting, cached + count, found, fresh.reshape(groups, own))
     return publish.full_pages(state, np.array([slot])), count
 
 
-def _sit_down(state: State, slot: int, waiting: Waiting, num_computed: int, found: pages.Match, held: list[int]) -> State:
-    request, tokens = waiting.request, waiting.tokens
+def _sit_down(state: State, slot: int, waiting: Waiting, num_computed: int, found: pages.Match, fresh: np.ndarray) -> State:
+    """fresh: its own pages, [groups, n]."""
+    request, tokens, full = waiting.request, waiting.tokens, len(found.keys)
+    held = [[*shared, *own] for shared, own in zip(found.pages, fresh.tolist())]
+    dropped = [full - len(shared) for shared in found.pages]
+    columns = [g * state.limits.max_pages_per_seq + first + np.arange(len(held[g])) for g, first in enumerate(dropped)]
     seats = Seats(*(array.copy() for array in state.seats))
     seats.active[slot] = True
     seats.num_prompt[slot], seats.num_tokens[slot], seats.num_known[slot] = len(request.prompt), len(tokens), len(tokens)
-    seats.num_computed[slot], seats.num_pages[slot], seats.num_published[slot] = num_computed, len(held), len(found.pages)
+    seats.num_computed[slot], seats.num_pages[slot], seats.num_published[slot] = num_computed, full + fresh.shape[1], full
+    seats.dropped[slot] = dropped
     seats.max_total[slot] = request.max_total_tokens
     seats.priority[slot], seats.arrival[slot], _ = queue.key_of(state.limits, request)
     seats.lagging[slot] = any(len(word) > 1 for word in request.bad_words_ids)
@@ -322,7 +359,7 @@ def _sit_down(state: State, slot: int, waiting: Waiting, num_computed: int, foun
     seats.stops[slot] = (sorted(request.stop_ids) + [NO_TOKEN] * NUM_STOPS)[:NUM_STOPS]
     parent = found.keys[-1] if found.keys else pages.root(request.cache_salt)
     return state._replace(
-        seats=seats, page_table=state.page_table.set((slot, slice(0, len(held))), held),
+        seats=seats, page_table=state.page_table.set((slot, np.concatenate(columns)), np.concatenate(held)),
         tokens=state.tokens.set((slot, slice(0, len(tokens))), tokens), requests=state.requests.set(slot, request),
         parents=state.parents.set(slot, parent), slot_of=state.slot_of.set(request.id, slot),
         wishes=state.wishes.set(slot, wish(request.params, state.limits.vocab_size)),

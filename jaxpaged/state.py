@@ -6,14 +6,17 @@ numpy only.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpaged import pages
 from jaxpaged.pages import NULL_PAGE, Pool
+from jaxpaged.reach import EVERYTHING, Reach
 from jaxpaged.request import FinishReason, Request, SamplingParams
 from jaxpaged.versioned import Array, Map
 
@@ -41,7 +44,7 @@ NEVER, ALWAYS = np.iinfo(np.int32).min, np.iinfo(np.int32).max  # of edits_until
 
 @dataclass(frozen=True)
 class Limits:
-    """The fixed sizes of a scheduler. num_pages counts the null page."""
+    """The fixed sizes of a scheduler. num_pages counts the null page. reaches: of the groups of layers (see `reach`)."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -52,10 +55,28 @@ class Limits:
     policy: str = "fcfs"
     enable_prefix_caching: bool = True
     long_prefill_token_threshold: int = 0
+    reaches: tuple[Reach, ...] = EVERYTHING
 
     @property
     def max_pages_per_seq(self) -> int:
+        """Of one group: M."""
         return -(-self.max_model_len // self.page_size)
+
+    @cached_property
+    def columns(self) -> tuple[int, ...]:
+        """The most pages that a sequence holds at once, of each group."""
+        tokens = min(self.max_num_batched_tokens, self.long_prefill_token_threshold or self.max_num_batched_tokens)
+        return tuple(reach.columns(self.page_size, self.max_pages_per_seq, tokens) for reach in self.reaches)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """The most pages, of all groups, that a sequence of so many tokens holds at once."""
+        return sum(min(-(-num_tokens // self.page_size), most) for most in self.columns)
+
+    def tokens_in(self, num_pages: int) -> int:
+        """The longest sequence that so many pages are enough for, at most max_model_len."""
+        needed = lambda pages: self.pages_for(pages * self.page_size)
+        at_most = bisect_right(range(1, self.max_pages_per_seq + 1), num_pages, key=needed)
+        return min(at_most * self.page_size, self.max_model_len)
 
 
 class Waiting(NamedTuple):
@@ -77,6 +98,7 @@ class Seats(NamedTuple):
     num_computed: np.ndarray
     num_pages: np.ndarray
     num_published: np.ndarray  # full pages
+    dropped: np.ndarray  # [S, groups]: first pages that are given back: no token to come sees them
     max_total: np.ndarray
     priority: np.ndarray  # int64
     arrival: np.ndarray  # int64
@@ -94,7 +116,7 @@ class State(NamedTuple):
     requests: Array  # object [S]
     parents: Array  # object [S]: key of the last published page
     tokens: Array  # int32 [S, M K]: whole pages
-    page_table: Array  # int32 [S, M]
+    page_table: Array  # int32 [S, groups * M]: the first group's pages, the second's, ...
     wishes: Array  # WISH [S + 1]: what a slot's request wants from the sampler; the last one is a padding row's
     slot_of: Map  # request id -> slot
     waiting: Map  # request id -> Waiting
@@ -149,12 +171,15 @@ class Stats:
 def initial(limits: Limits) -> State:
     S, M, K = limits.max_num_seqs, limits.max_pages_per_seq, limits.page_size
     ints = lambda: np.zeros(S, np.int32)
-    seats = Seats(np.zeros(S, bool), np.zeros(S, np.int64), ints(), ints(), ints(), ints(), ints(), ints(), ints(),
-                  np.zeros(S, np.int64), np.zeros(S, np.int64), np.zeros(S, bool), np.zeros(S, bool),
+    groups = len(limits.reaches)
+    seats = Seats(np.zeros(S, bool), np.zeros(S, np.int64), ints(), ints(), ints(), ints(), ints(), ints(),
+                  np.zeros((S, groups), np.int32), ints(), np.zeros(S, np.int64), np.zeros(S, np.int64),
+                  np.zeros(S, bool), np.zeros(S, bool),
                   np.full((S, NUM_STOPS), NO_TOKEN, np.int32))  # fmt: skip
     nobody = np.full(S + 1, np.array(wish(SamplingParams(temperature=0), limits.vocab_size), WISH))
     return State(limits, pages.create(limits.num_pages, limits.page_size), seats, Array(np.full(S, None, object)),
-                 Array(np.full(S, None, object)), Array(np.zeros((S, M * K), np.int32)), Array(np.zeros((S, M), np.int32)),
+                 Array(np.full(S, None, object)), Array(np.zeros((S, M * K), np.int32)),
+                 Array(np.zeros((S, groups * M), np.int32)),
                  Array(nobody), Map(), Map())  # fmt: skip
 
 
@@ -177,6 +202,13 @@ def stats(state: State) -> Stats:
                  state.num_preemptions, state.prefix_queries, state.prefix_hits)  # fmt: skip
 
 
+def held_by(state: State, slot: int) -> np.ndarray:
+    """The pages that a slot holds, the first group's first."""
+    table, M = state.page_table.read()[slot], state.limits.max_pages_per_seq
+    end, dropped = int(state.seats.num_pages[slot]), state.seats.dropped[slot].tolist()
+    return np.concatenate([table[g * M + first : g * M + end] for g, first in enumerate(dropped)])
+
+
 def copied(seats: Seats, *names: str) -> Seats:
     return seats._replace(**{name: getattr(seats, name).copy() for name in names})
 
@@ -193,15 +225,17 @@ def spread(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def check(state: State) -> None:
     """Raises AssertionError if an invariant is broken. O(everything): for tests and idle moments."""
     s, pool, K = state.seats, state.pool, state.limits.page_size
-    table, refs = state.page_table.read(), pool.refs.read()
+    refs = pool.refs.read()
     holders = np.zeros(pool.num_pages, np.int64)
     for slot in np.flatnonzero(s.active).tolist():
-        held = table[slot, : s.num_pages[slot]]
+        held = held_by(state, slot)
         assert NULL_PAGE not in held and len(set(held.tolist())) == len(held), f"slot {slot} holds {held}"
         np.add.at(holders, held, 1)
         assert s.num_computed[slot] <= s.num_tokens[slot] <= s.max_total[slot], f"slot {slot}: counts {_row(s, slot)}"
         assert s.num_known[slot] <= s.num_tokens[slot], f"slot {slot}: counts {_row(s, slot)}"
         assert s.num_pages[slot] == -(-s.num_computed[slot] // K), f"slot {slot}: pages {_row(s, slot)}"
+        for reach, first in zip(state.limits.reaches, s.dropped[slot].tolist()):
+            assert first * K <= reach.first_seen(s.num_computed[slot]), f"slot {slot}: pages that are seen were given back"
         assert state.slot_of[state.requests.read()[slot].id] == slot
     wrong = np.flatnonzero(holders != refs)
     assert not len(wrong), f"pages {wrong.tolist()} have {refs[wrong]} references, {holders[wrong]} holders"

@@ -112,11 +112,14 @@ def page_map(state: State, slots: np.ndarray) -> tuple[np.ndarray, list[list[int
 
 def _holdings(state: State, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(slot, page) of every place in use of the page table, slot by slot."""
-    table, num_held = state.page_table.read(), state.seats.num_pages[slots]
+    table, (groups, M) = state.page_table.read(), (len(state.limits.reaches), state.limits.max_pages_per_seq)
+    first = state.seats.dropped[slots].astype(np.int64).reshape(-1)
+    num_held = np.repeat(state.seats.num_pages[slots], groups) - first
     ends = np.cumsum(num_held)
-    offset = slots * table.shape[1] - (ends - num_held)  # flat indices: half the time of `spread` and two of them
+    begin = (slots[:, None] * groups + np.arange(groups)).reshape(-1) * M + first
+    offset = begin - (ends - num_held)  # flat indices: half the time of `spread` and two of them
     places = np.repeat(offset, num_held) + np.arange(num_held.sum())
-    return np.repeat(slots, num_held), table.reshape(-1)[places].astype(np.int64)
+    return np.repeat(np.repeat(slots, groups), num_held), table.reshape(-1)[places].astype(np.int64)
 
 
 def _group(slot: np.ndarray, page: np.ndarray, shared: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray]:

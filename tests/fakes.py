@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from jaxpaged.batch import Batch, Sampled, TokenLogprobs
+from jaxpaged.reach import EVERYTHING, Reach
 from jaxpaged.scheduler import Limits
 
 POISON = -7
@@ -21,11 +22,12 @@ def successor(context: list[int], vocab_size: int) -> int:
     return int.from_bytes(digest, "little") % vocab_size
 
 
-def paper_tokens(prompt: list[int], count: int, vocab_size: int, stop: frozenset[int] = frozenset()) -> list[int]:
-    """The oracle: `count` tokens, or fewer if one of `stop` comes (it is included)."""
+def paper_tokens(prompt: list[int], count: int, vocab_size: int, stop: frozenset[int] = frozenset(),
+                 reach: Reach = EVERYTHING[0]) -> list[int]:  # fmt: skip
+    """The oracle: `count` tokens, or fewer if one of `stop` comes (it is included). reach: how far back a token sees."""
     context = list(prompt)
     while len(context) < len(prompt) + count and not (len(context) > len(prompt) and context[-1] in stop):
-        context.append(successor(context, vocab_size))
+        context.append(successor(context[reach.first_seen(len(context) - 1) :], vocab_size))
     return context[len(prompt) :]
 
 
@@ -92,6 +94,12 @@ class FakeRunner:
         assert len(set(batch.slots[:n].tolist())) == n
         assert 0 not in batch.copies, "the null page is copied"
 
+    def _tables(self, batch: Batch, row: int) -> list[tuple[np.ndarray, int]]:
+        """Of each group of layers: a row's page table, and which page of the sequence it begins with."""
+        ends = np.cumsum(self.limits.columns)
+        return [(batch.page_table[row, end - width : end], int(batch.first_page[row, g]))
+                for g, (end, width) in enumerate(zip(ends, self.limits.columns))]  # fmt: skip
+
     def _write(self, batch: Batch, row: int) -> None:
         K, slot = self.limits.page_size, int(batch.slots[row])
         for i in range(int(batch.query_start[row]), int(batch.query_start[row + 1])):
@@ -99,13 +107,23 @@ class FakeRunner:
             position = int(batch.positions[i])
             token = int(self.last_token[slot]) if batch.carried[i] else int(batch.tokens[i])
             assert token >= 0, "a token that was never there"
-            page = int(batch.page_table[row, position // K])
-            assert page > 0, "the null page is written"
-            self.cache[page, position % K] = token
+            for table, first in self._tables(batch, row):
+                page = int(table[position // K - first])
+                assert page > 0, "the null page is written"
+                self.cache[page, position % K] = token
 
     def context(self, batch: Batch, row: int) -> list[int]:
-        pages = batch.page_table[row, : -(-int(batch.kv_lens[row]) // self.limits.page_size)]
-        return self.cache[pages].reshape(-1)[: int(batch.kv_lens[row])].tolist()
+        """What the last token of a row sees: of the groups that see everything, all; of others their last tokens. Where both
+        are there they must agree; of groups with a window alone the longest counts."""
+        K, length = self.limits.page_size, int(batch.kv_lens[row])
+        seen = []
+        for reach, (table, first) in zip(self.limits.reaches, self._tables(batch, row)):
+            begin = reach.first_seen(length - 1)
+            tokens = self.cache[table[begin // K - first : -(-length // K) - first]].reshape(-1)
+            seen.append(tokens[begin % K : begin % K + length - begin].tolist())
+        longest = max(seen, key=len)
+        assert all(not tokens or longest[-len(tokens) :] == tokens for tokens in seen), "groups of layers see different tokens"
+        return longest
 
     def _read_all(self, batch: Batch, num_rows: int) -> Sampled:
         tokens = np.zeros(len(batch.slots), np.int32)

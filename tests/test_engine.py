@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jaxpaged import scheduler
 from jaxpaged.batch import ladder
 from jaxpaged.engine import Engine
+from jaxpaged.reach import Reach
 from jaxpaged.request import RequestError, RequestOutputKind, SamplingParams
 from jaxpaged.scheduler import Limits
 
@@ -49,7 +50,14 @@ loads = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+# Groups of layers, those that see most first.
+REACHES = [
+    (Reach(),), (Reach(window=5),), (Reach(chunk=8),), (Reach(), Reach(window=7)), (Reach(window=17), Reach(window=3)),
+    (Reach(), Reach(window=1), Reach(window=12), Reach(chunk=8)), (Reach(), Reach()),
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
 @given(
     load=loads,
     overlap=st.booleans(),
@@ -60,10 +68,15 @@ loads = st.lists(
     threshold=st.sampled_from([0, 3]),
     policy=st.sampled_from(["fcfs", "priority"]),
     caching=st.booleans(),
+    reaches=st.sampled_from(REACHES),
 )
-def test_every_load_equals_the_oracle(load, overlap, num_pages, max_num_seqs, budget, page_size, threshold, policy, caching):
-    e = engine(overlap=overlap, num_pages=num_pages, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, policy=policy,
-               page_size=page_size, long_prefill_token_threshold=threshold, enable_prefix_caching=caching)  # fmt: skip
+def test_every_load_equals_the_oracle(
+    load, overlap, num_pages, max_num_seqs, budget, page_size, threshold, policy, caching, reaches
+):
+    """Whatever the layers see: the oracle's token depends on what the layers see that see most."""
+    e = engine(overlap=overlap, num_pages=num_pages * len(reaches), max_num_seqs=max_num_seqs, reaches=reaches,
+               max_num_batched_tokens=budget, policy=policy, page_size=page_size,
+               long_prefill_token_threshold=threshold, enable_prefix_caching=caching)  # fmt: skip
     outputs = {}
     for i, (prompt, output, n, pause, priority) in enumerate(load):
         params = final(max_tokens=output, n=n, temperature=1.0)
@@ -73,7 +86,7 @@ def test_every_load_equals_the_oracle(load, overlap, num_pages, max_num_seqs, bu
             scheduler.check(e.state)
     outputs |= drain(e)
     for i, (prompt, output, n, _, _) in enumerate(load):
-        expected = paper_tokens(prompt, output, VOCAB, EOS)
+        expected = paper_tokens(prompt, output, VOCAB, EOS, reaches[0])
         assert [o.token_ids for o in outputs[str(i)].outputs] == [expected] * n
         reason = "stop" if expected[-1] in EOS else "length"
         assert {o.finish_reason for o in outputs[str(i)].outputs} == {reason}

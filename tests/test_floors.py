@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ HOUSE = """
                                                               | beam memory runner weights
                                                               | programs
     engine                                                    | kv_cache packing sampler
-    admission outputs                                         | models.gemma models.llama models.qwen
+    admission outputs                                         | models.*
     batch                                                     | models models.decoder models.standard
     scheduler                                                 | models.mla models.moe
     publish waiting                                           | models.layers
@@ -58,7 +59,7 @@ HOUSE = """
                                                               | models.rope
     state tokenizer                                           | kernels
     pages checkpoint gguf_tokenizer                           | kernels.mosaic_gpu kernels.triton
-    chat_template config gguf_file prompts                    | kernels.reference kernels.mosaic_gpu.attention
+    chat_template config reach gguf_file prompts                    | kernels.reference kernels.mosaic_gpu.attention
                                                               | kernels.triton.attention
                                                               | kernels.triton.decode kernels.triton.prefill
                                                               | kernels.triton.cache kernels.triton.matmul
@@ -112,8 +113,16 @@ def find_sources() -> dict[str, Path]:
     return found
 
 
+def fill_folders(floors: dict[str, int], modules: Iterable[str]) -> dict[str, int]:
+    """`folder.*` stands for the modules of a folder that are on no other floor: adding a model family is adding a file."""
+    folders = {name.removesuffix("*"): floor for name, floor in floors.items() if name.endswith(".*")}
+    others = {m: floor for m in modules for folder, floor in folders.items() if m.startswith(folder) and m not in floors}
+    return {name: floor for name, floor in floors.items() if not name.endswith(".*")} | others
+
+
 FLOORS, CONTROL = read_house(HOUSE)
 SOURCES = find_sources()
+FLOORS = fill_folders(FLOORS, SOURCES)
 
 
 def imports(source: str, modules: set[str]) -> list[Import]:

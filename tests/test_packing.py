@@ -8,7 +8,7 @@ from jaxpaged import packing
 from jaxpaged.batch import Bucket, Edits, Sampling, Variant
 from jaxpaged.programs import Dims, forward_layout, sample_layout
 
-DIMS = Dims(num_slots=4, max_pages=3, num_pages=20, page_size=4, max_model_len=12, vocab_size=70, max_logprobs=5)
+DIMS = Dims(num_slots=4, columns=(3,), num_pages=20, page_size=4, max_model_len=12, vocab_size=70, max_logprobs=5)
 LAYOUTS = {
     "forward": forward_layout(Bucket(8, 3), DIMS),
     "forward of one token": forward_layout(Bucket(1, 1), DIMS),

@@ -163,8 +163,9 @@ def sequence(pool: pages.Pool, tokens: list[int], salt: str = "") -> tuple[pages
 
 def found(pool: pages.Pool, tokens: list[int], salt: str = "") -> tuple[list[int], int, int]:
     match = pages.match(pool, np.array(tokens, np.int32), salt)
-    assert len(match.keys) == len(match.pages)
-    return match.pages, match.tail, match.tail_tokens
+    (shared,) = match.pages
+    assert len(match.keys) == len(shared)
+    return shared, match.tail, match.tail_tokens
 
 
 def test_the_longest_known_prefix_is_found_but_one_token_is_left():

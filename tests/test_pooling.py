@@ -5,7 +5,8 @@ import asyncio
 import numpy as np
 import pytest
 import test_llm
-import test_models as models
+import tiny_hf as models
+from families import Row
 import torch
 from fakes import EMBED_DIM, FakeRunner, paper_tokens, paper_vector
 from hypothesis import given, settings
@@ -269,7 +270,7 @@ ENGINE = {"block_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 4, "ma
 def model(tmp_path_factory):
     """(folder, transformers' model) of a random model with sliding windows."""
     folder = tmp_path_factory.mktemp("model")
-    return folder, models.make(folder, "Qwen3")
+    return folder, models.make(folder, Row("", "Qwen3"))
 
 
 def load(folder, **changes) -> LLM:

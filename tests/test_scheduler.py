@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxpaged import scheduler
+from jaxpaged import pages, scheduler
+from jaxpaged.reach import Reach
 from jaxpaged.request import FinishReason, Request, RequestError, SamplingParams
 from jaxpaged.scheduler import Limits
 
@@ -57,9 +58,11 @@ def _equal(name, a, b):
 class Machine(RuleBasedStateMachine):
     """Adds, aborts, schedules and commits (late, with random tokens), in any order, with too few pages."""
 
+    LIMITS = limits()
+
     def __init__(self):
         super().__init__()
-        self.limits = limits()
+        self.limits = self.LIMITS
         self.state = scheduler.initial(self.limits)
         self.in_flight: list = []
         self.alive: dict[str, Request] = {}
@@ -113,10 +116,11 @@ class Machine(RuleBasedStateMachine):
             assert oldest.id not in plan.preempted, "the oldest was preempted"
         written = set()
         for slot, start, n in zip(plan.slots, plan.start, plan.num_tokens):
-            pages = self.state.page_table.read()[slot, start // 4 : -(-(start + n) // 4)].tolist()
-            for page in pages:
-                assert page not in written, "two rows write one page"
-                written.add(page)
+            for g in range(len(self.limits.reaches)):
+                first = g * self.limits.max_pages_per_seq
+                for page in self.state.page_table.read()[slot, first + start // 4 : first - (-(start + n) // 4)].tolist():
+                    assert page not in written, "two rows write one page"
+                    written.add(page)
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
@@ -183,9 +187,21 @@ class Machine(RuleBasedStateMachine):
         assert self.state.pool.num_held == 0
 
 
-TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None,
-                                suppress_health_check=list(HealthCheck))  # fmt: skip
+class HybridMachine(Machine):
+    """With layers that see all, others that see a window, and others that see blocks."""
+
+    LIMITS = limits(num_pages=22, reaches=(Reach(), Reach(window=6), Reach(chunk=8)))
+
+
+class WindowMachine(Machine):
+    """With layers that see a window only."""
+
+    LIMITS = limits(num_pages=7, reaches=(Reach(window=5),))
+
+
+MANY = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestMachine, TestHybridMachine, TestWindowMachine = Machine.TestCase, HybridMachine.TestCase, WindowMachine.TestCase
+TestMachine.settings = TestHybridMachine.settings = TestWindowMachine.settings = MANY
 
 
 def step(state, tokens=None):
@@ -286,6 +302,56 @@ def test_what_can_never_fit_is_refused_with_the_numbers():
     state = scheduler.initial(limits(num_pages=4, max_model_len=28))
     with pytest.raises(RequestError, match=r"need 5 pages of 4 tokens, the cache has 3 .* max_tokens to at most 3"):
         scheduler.add(state, request("a", [1] * 10, 10))
+
+
+HYBRID = (Reach(), Reach(window=5))
+
+
+def test_pages_that_no_token_to_come_sees_come_back():
+    state = scheduler.initial(limits(num_pages=40, max_num_batched_tokens=16, max_model_len=40, reaches=HYBRID))
+    state = scheduler.add(state, request("a", [1] * 16, 20, arrival=1))
+    state, _, _ = step(state)
+    assert state.pool.num_held == 4 + 4  # the window's pages are all written by one chunk
+    state, _, _ = step(state)
+    assert state.pool.num_held == 5 + 2  # positions 12 to 16
+    for _ in range(12):
+        state, _, _ = step(state)
+    assert state.seats.num_computed[0] == 29 and state.pool.num_held == 8 + 2  # 24 to 28
+
+
+def test_of_a_prefix_only_what_is_seen_must_be_there():
+    """The window's pages of the prefix's beginning are gone: it is shared all the same, unless its end is gone too."""
+    prompt = [1] * 8 + [2] * 8
+    state = scheduler.initial(limits(num_pages=12, max_num_batched_tokens=16, max_num_seqs=2, reaches=HYBRID))
+    state = scheduler.add(state, request("a", prompt + [0], 2, arrival=1))
+    for _ in range(3):
+        state, _, _ = step(state)
+    state = scheduler.add(forget(state, 1), request("b", prompt + [2], 1, arrival=2))
+    _, plan = scheduler.schedule(state)
+    assert dict(plan.admitted) == {"b": 16}
+    _, plan = scheduler.schedule(forget(state, 4))  # the window's last page, too
+    assert dict(plan.admitted) == {"b": 0}
+
+
+def forget(state, n: int):
+    """Of the pages that nobody holds, the n that were released first hold nothing any more."""
+    num_blank = state.pool.num_free - state.pool.num_cached
+    pool, taken = pages.take(state.pool, num_blank + n)
+    return state._replace(pool=pages.release(pool, taken))
+
+
+@pytest.mark.parametrize("reaches", [(Reach(),), (Reach(window=5),), HYBRID, (Reach(), Reach(chunk=8))])
+def test_as_many_tokens_fit_as_is_said(reaches):
+    given = limits(num_pages=13, max_model_len=400, reaches=reaches)
+    longest = given.tokens_in(12)
+    assert given.pages_for(longest) <= 12 and (longest == 400 or given.pages_for(longest + 1) > 12)
+    state = scheduler.add(scheduler.initial(given), request("a", [1, 2, 1, 2, 2, 1, 1, 1], longest - 8))
+    for _ in range(longest):
+        state, plan, _ = step(state)
+        assert not plan.preempted
+    assert not state.slot_of.get("a") and state.pool.num_held == 0
+    with pytest.raises(RequestError, match="max_model_len is 400"):
+        scheduler.add(state, request("b", [1] * 400, longest))
 
 
 def test_late_tokens_of_a_freed_slot_are_dropped():
