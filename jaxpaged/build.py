@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jaxpaged import hub, kv_cache, memory, weights
+from jaxpaged import hub, kv_cache, loading, memory
 from jaxpaged.batch import Bucket, ladder
 from jaxpaged.checkpoint import Checkpoint, open_checkpoint, read_json
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
 from jaxpaged.hf_config import HFConfig
+from jaxpaged.loading import Loaded
 from jaxpaged.models import door
 from jaxpaged.models.spec import DecoderConfig
-from jaxpaged.models.standard import TIED
 from jaxpaged.programs import Dims
 from jaxpaged.reach import Reach
 from jaxpaged.request import RequestError
-from jaxpaged.runner import ModelRunner, abstract_decoder
+from jaxpaged.runner import ModelRunner
 from jaxpaged.scheduler import Limits
 from jaxpaged.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels.checks import QUANTIZED
@@ -93,16 +93,16 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
         model = checkpoint.config if checkpoint is not None else read_json(Path(str(path)) / "config.json")
     hf = HFConfig(model, config.hf_overrides, source=path or "the config")
     family = door(hf["model_type"])
-    decoder_config = family.decoder_config(hf)
+    decoder_config, scheme = family.decoder_config(hf), loading.scheme_of(config, hf)
     hf.finish()
     auto_length = config.max_model_len == "auto"
     config = config.resolve(device.platform, decoder_config.max_positions)
     decoder_config = decoder_config.for_length(int(config.max_model_len or 0))
     tokenizer = _tokenizer(config, path)
     stages.done("load the tokenizer")
-    leaves = _load(config, family, decoder_config, checkpoint, params, progress)
+    loaded = loading.load(config, family, decoder_config, scheme, checkpoint, params, progress)
     stages.done("load the weights")
-    runner, plan, config = _runner(config, decoder_config, leaves, device, auto_length, progress)
+    runner, plan, config = _runner(config, decoder_config, loaded, device, auto_length, progress)
     stages.done("compile")
     generation_config = _generation_config(path, checkpoint)
     eos_ids = _eos_ids(tokenizer, generation_config, hf)
@@ -150,19 +150,6 @@ def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:
                            "with token ids.", "tokenizer") from error  # fmt: skip
 
 
-def _load(config: EngineConfig, family: Any, decoder_config: DecoderConfig, checkpoint: Checkpoint | None, params: Any,
-          progress: bool) -> dict[str, jax.Array]:  # fmt: skip
-    _, _, leaves = abstract_decoder(decoder_config, config.dtype)
-    if params is not None:
-        return weights.from_tree(params, leaves)
-    if config.load_format == "dummy":
-        return weights.dummy(leaves, config.seed, progress=progress)
-    if checkpoint is None:
-        raise RequestError("a model given as a config in memory needs params=..., or load_format='dummy'.", "params")
-    ignored = (*getattr(family, "IGNORED", ()), *(TIED if decoder_config.tie else ()))
-    return weights.load(checkpoint, leaves, family.names(decoder_config), progress=progress, ignore=ignored)
-
-
 def _limits(config: EngineConfig, decoder_config: DecoderConfig, reaches: tuple[Reach, ...], num_pages: int) -> Limits:
     return Limits(
         max_num_seqs=int(config.max_num_seqs),
@@ -178,12 +165,12 @@ def _limits(config: EngineConfig, decoder_config: DecoderConfig, reaches: tuple[
     )
 
 
-def _runner(config: EngineConfig, decoder_config: DecoderConfig, leaves: dict[str, jax.Array], device: jax.Device,
+def _runner(config: EngineConfig, decoder_config: DecoderConfig, loaded: Loaded, device: jax.Device,
             auto_length: bool, progress: bool) -> tuple[ModelRunner, memory.MemoryPlan, EngineConfig]:  # fmt: skip
     """Compiles with as many pages as should fit; if the compiler's own account of temporaries says otherwise, again
     with fewer. With `auto_length` the longest sequence may become shorter, so that one fits."""
     buckets = ladder(int(config.max_num_batched_tokens), int(config.max_num_seqs))
-    weight_bytes = sum(x.nbytes for x in leaves.values())
+    weight_bytes = sum(x.nbytes for x in loaded.leaves.values())
     limit = memory.device_limit(device, config.gpu_memory_utilization)
     temporaries = _expected_temporaries(decoder_config, buckets, jnp.dtype(config.dtype).itemsize)
     cache_dtype, ops = _cache_dtype(config, decoder_config), _kernels(config, device)
@@ -195,8 +182,8 @@ def _runner(config: EngineConfig, decoder_config: DecoderConfig, leaves: dict[st
             config = _fit(config, _limits(config, decoder_config, kv.reaches, 0), *account)
         limits = _limits(config, decoder_config, kv.reaches, 0)
         plan = memory.plan(config, limits, *account)
-        runner = ModelRunner(decoder_config, leaves, buckets, _dims(config, limits, plan.num_pages), ops, cache_dtype,
-                             device, config.enforce_eager, kv)  # fmt: skip
+        runner = ModelRunner(decoder_config, loaded.leaves, buckets, _dims(config, limits, plan.num_pages), ops, cache_dtype,
+                             device, config.enforce_eager, kv, loaded.forms)  # fmt: skip
         _compile(runner, progress)
         actual = runner.memory()
         known = actual.temporaries or temporaries  # nothing is compiled yet with enforce_eager

@@ -12,13 +12,14 @@ from jaxpaged.request import RequestError, refuse_unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+QUANTIZATIONS = (None, "int8", "int4", "fp8", "gptq", "awq", "compressed-tensors", "gguf")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8")
 POLICIES = ("fcfs", "priority")
 # Arguments of vLLM's LLM that this version does not have, and the values that ask for nothing: those are taken, so that a
 # script runs after changing the import; any other value is refused by name.
 NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "tokenizer_mode": ("auto", "hf", "slow"), "tokenizer_revision": (None,), "runner": ("auto", "generate"),
-    "convert": ("auto", "none"), "quantization": (None,), "cpu_offload_gb": (0,),
+    "convert": ("auto", "none"), "cpu_offload_gb": (0,),
     "swap_space": (0, 4), "enable_lora": (False,), "enable_sleep_mode": (False,), "enable_expert_parallel": (False,),
     "data_parallel_size": (1,), "distributed_executor_backend": (None, "mp", "uni"), "disable_custom_all_reduce": (False, True),
     "disable_sliding_window": (False,), "speculative_config": (None,), "compilation_config": (None,),
@@ -36,6 +37,8 @@ class EngineConfig:
       bfloat16 on GPU.
     max_model_len: longest sequence in tokens, prompt and output; "auto" is the model's own limit.
     block_size: tokens a page ("auto": 16 on CPU, 32 on GPU). num_gpu_blocks_override: exactly so many pages.
+    quantization: "int8", "int4" or "fp8" quantise the layers' products as they are loaded; the name of a checkpoint's own
+      format changes nothing (None finds it out), but is checked. Activations stay in `dtype`.
     kv_cache_dtype: of keys and values: "auto" is `dtype`; "fp8" (e4m3) and "int8" keep one byte a number and a scale for each
       token and head. disable_hybrid_kv_cache_manager: keep all of a sequence also for layers that see a window only.
     kv_cache_memory_bytes: exactly so much memory for the cache; else what gpu_memory_utilization leaves.
@@ -66,6 +69,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
+    quantization: str | None = None
     kv_cache_dtype: str = "auto"
     disable_hybrid_kv_cache_manager: bool = False
     max_num_seqs: int | str = "auto"
@@ -93,6 +97,7 @@ class EngineConfig:
         object.__setattr__(self, "max_model_len", _length(self.max_model_len))
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, CACHE_DTYPES)
+        _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("scheduling_policy", self.scheduling_policy, POLICIES)
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
@@ -171,9 +176,9 @@ def _length(value: int | str | None) -> int | str:
     return value
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise RequestError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.", name)
+        raise RequestError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.", name)
 
 
 def _positive(name: str, value: Any, auto: bool = False) -> None:

@@ -39,6 +39,7 @@ HELP: dict[str, tuple[str, str]] = {
     "gpu_memory_utilization": (MEMORY, "Share of the device's memory that may be used."),
     "kv_cache_memory_bytes": (MEMORY, "Exactly so many bytes for the KV cache."),
     "num_gpu_blocks_override": (MEMORY, "Exactly so many pages."),
+    "quantization": (MODEL, "int8, int4 or fp8: quantise the weights as they are loaded."),
     "kv_cache_dtype": (MEMORY, f"Of keys and values: {', '.join(CACHE_DTYPES)}. fp8, int8: a byte a number, with scales."),
     "disable_hybrid_kv_cache_manager": (MEMORY, "Keep whole sequences also for layers that see a window only."),
     "max_num_seqs": (SCHEDULING, "Sequences that run at once."),

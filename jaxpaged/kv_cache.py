@@ -128,3 +128,6 @@ class PagedStep:
 
     def grouped_matmul(self, x: Array, w: Array, group_sizes: Array) -> Array:
         return self.ops.grouped_matmul(x, w, group_sizes)
+
+    def quantized_matmul(self, x: Array, w: Array, scales: Array, zeros: Array | None) -> Array:
+        return self.ops.quantized_matmul(x, w, scales, zeros)

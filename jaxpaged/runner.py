@@ -24,6 +24,7 @@ from jax import Array
 from jaxpaged import kv_cache, packing, programs
 from jaxpaged.batch import Batch, Bucket, Sampled, TokenLogprobs, Variant
 from jaxpaged.models.decoder import Decoder, head_leaves
+from jaxpaged.models.quantized import NO_FORMS, Forms, quantize_modules
 from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.programs import Dims
 from pallas_kernels.ops import Ops
@@ -34,9 +35,12 @@ Progress = Callable[[str, float], None]
 """(what was compiled, seconds it took)."""
 
 
-def abstract_decoder(config: DecoderConfig, dtype: Any) -> tuple[nnx.GraphDef, Any, dict[str, jax.ShapeDtypeStruct]]:
-    """The model without memory: graph, tree of its leaves, and {dotted path: shape and dtype} in the tree's order."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.dtype(dtype))))
+def abstract_decoder(
+    config: DecoderConfig, dtype: Any, forms: Forms = NO_FORMS
+) -> tuple[nnx.GraphDef, Any, dict[str, jax.ShapeDtypeStruct]]:
+    """The model without memory: graph, tree of its leaves, and {dotted path: shape and dtype} in the tree's order.
+    forms: its quantised products."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: quantize_modules(Decoder(config, jnp.dtype(dtype)), forms)))
     paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
     leaves, treedef = jax.tree.flatten(state)
     return graph, treedef, {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in zip(paths, leaves)}
@@ -67,7 +71,8 @@ class Memory:
 class ModelRunner:
     """Runs batches of one model on one device.
 
-    leaves: {dotted path: array} for every path of `abstract_decoder`. buckets: the shapes that batches may have.
+    leaves: {dotted path: array} for every path of `abstract_decoder`; forms: its quantised products. buckets: the shapes that
+    batches may have.
     lazy: compile a program when it is first needed instead of all of them in `warm_up`.
     """
 
@@ -82,12 +87,12 @@ class ModelRunner:
         device: jax.Device,
         lazy: bool = False,
         kv: kv_cache.Layout | None = None,
+        forms: Forms = NO_FORMS,
     ):
         self.config, self.dims, self.ops, self.device, self.lazy = config, dims, ops, device, lazy
         self.buckets, self.cache_dtype = tuple(buckets), jnp.dtype(cache_dtype)
         self.kv = kv or kv_cache.layout(config, dims.max_model_len)
-        weight = next(iter(leaves.values()))
-        self._graph, self._treedef, abstract = abstract_decoder(config, weight.dtype)
+        self._graph, self._treedef, abstract = abstract_decoder(config, leaves["embed.weight"].dtype, forms)
         self._leaves = tuple(leaves[path] for path in abstract)
         self._head = tuple(leaves[path] for path in head_leaves(config))
         self._programs: dict[tuple, Any] = {}

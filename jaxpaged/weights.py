@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpaged.checkpoint import Checkpoint
+from jaxpaged.models.quantized import NO_FORMS, Forms, quantize
 from jaxpaged.models.standard import Name, View
 
 __all__ = ["Leaves", "Name", "Put", "dummy", "from_tree", "load"]
@@ -57,18 +58,20 @@ def load(
     put: Put | None = None,
     progress: bool = True,
     ignore: Iterable[str] = (),
+    forms: Forms = NO_FORMS,
 ) -> dict[str, jax.Array]:
     """The leaves, filled from a checkpoint.
 
     names: rules; a tensor that is one of several parts of a leaf is joined with the others along axis 0.
     ignore: patterns (as in `names`) of tensors that are not used. Rules for leaves that do not exist are not used.
+    forms: products to quantise as they are loaded; `leaves` has their floats, the result what they become.
     Raises one ValueError with every missing, extra, misshapen or quantised tensor by name.
     """
     sources = plan(checkpoint, leaves, names, ignore)
     arrays = {}
     with _bar("Loading weights", leaves, progress) as done:
         for path, leaf in leaves.items():
-            arrays[path] = _place(_filled(checkpoint, path, leaf, sources[path]), leaf, put)
+            arrays |= _placed(path, _filled(checkpoint, path, leaf, sources[path]), leaf, put, forms)
             done(leaf)
     return arrays
 
@@ -87,7 +90,7 @@ def plan(checkpoint: Checkpoint, leaves: Leaves, names: Sequence[Name], ignore: 
 def _claims(
     tensors: Iterable[str], leaves: Leaves, names: Sequence[Name], ignore: Iterable[str], problems: _Problems
 ) -> dict[str, Sources]:
-    rules, ignored = [(_regex(n.pattern), n) for n in names], [_regex(p) for p in ignore]
+    rules, ignored = [(regex_of(n.pattern), n) for n in names], [regex_of(p) for p in ignore]
     claims: dict[str, Sources] = {}
     for tensor in tensors:
         if any(r.fullmatch(tensor) for r in ignored):
@@ -110,7 +113,7 @@ def _claim(name: Name, numbers: dict[str, str]) -> tuple[str, Part, View | None]
 
 
 @functools.cache
-def _regex(pattern: str) -> re.Pattern[str]:
+def regex_of(pattern: str) -> re.Pattern[str]:
     """`{i}` stands for a number, the same wherever it appears."""
     parts, seen = re.split(r"\{(\w+)\}", pattern), set()
     for k in range(1, len(parts), 2):
@@ -123,7 +126,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 def _complete(path: str, leaf: jax.ShapeDtypeStruct, found: Sources, names: Sequence[Name], problems: _Problems) -> bool:
     """Has the leaf all its parts? What is missing goes on the list of problems."""
-    rules = [(m.groupdict(), name) for name in names if (m := _regex(name.path).fullmatch(path))]
+    rules = [(m.groupdict(), name) for name in names if (m := regex_of(name.path).fullmatch(path))]
     if not rules:
         problems.missing.append(f"{path} (no rule fills it)")
         return False
@@ -157,9 +160,10 @@ def _indexed(name: Name) -> bool:
 
 def _check_parts(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, sources: Sources, problems: _Problems) -> None:
     try:
-        shapes = {part: _viewed_shape(checkpoint.shape(t), view) for part, (t, view) in sources.items()}
-    except (ValueError, IndexError):  # a view that such a tensor cannot have
-        shapes = {}
+        viewed = {part: _viewed(checkpoint, t, view) for part, (t, view) in sources.items()}
+    except (ValueError, IndexError, TypeError):  # a view that such a tensor cannot have
+        viewed = {}
+    shapes = {part: shape for part, (shape, _) in viewed.items()}
     rest = tuple(leaf.shape)[(next(iter(sources)).index >= 0) :]
     rows: dict[int, int] = {}
     for part, shape in shapes.items():
@@ -168,16 +172,18 @@ def _check_parts(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, 
     if not fits or (rest and set(rows.values()) != {rest[0]}) or max(part.index for part in sources) >= leaf.shape[0]:
         found = " + ".join(f"{t} {list(checkpoint.shape(t))}" for _, (t, _) in sorted(sources.items())[:SHOWN])
         problems.misshapen.append(f"{found}, expected {list(leaf.shape)} for {path}")
-    for t, _ in sources.values():
-        if checkpoint.dtype(t) not in SOURCE_DTYPES:
-            problems.quantised.append(f"{t} ({checkpoint.dtype(t)})")
+    for part, (_, dtype) in viewed.items():
+        if dtype != leaf.dtype and (dtype not in SOURCE_DTYPES or np.dtype(leaf.dtype) not in SOURCE_DTYPES):
+            problems.quantised.append(f"{sources[part][0]} ({dtype})")
 
 
-def _viewed_shape(shape: Sequence[int], view: View | None) -> tuple[int, ...]:
-    """Without memory: a view of an array that is one number, however often."""
+def _viewed(checkpoint: Checkpoint, tensor: str, view: View | None) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype, without reading it: of the view of an array that is one number, however often."""
+    shape, dtype = tuple(checkpoint.shape(tensor)), np.dtype(checkpoint.dtype(tensor))
     if view is None:
-        return tuple(shape)
-    return view.to_ours(np.broadcast_to(np.zeros((), np.bool_), tuple(shape))).shape
+        return shape, dtype
+    viewed = view.to_ours(np.broadcast_to(np.zeros((), dtype), shape))
+    return viewed.shape, viewed.dtype
 
 
 class _Problems:
@@ -217,7 +223,7 @@ def _filled(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, sourc
     with _no_overflow(path, leaf):
         for part, (tensor, view) in sorted(sources.items()):
             place = out if part.index < 0 else out[part.index]
-            rows = _viewed_shape(checkpoint.shape(tensor), view)[0] if place.ndim else 0
+            rows = _viewed(checkpoint, tensor, view)[0][0] if place.ndim else 0
             target = place[at[part.index] : at[part.index] + rows] if place.ndim else place
             if view is None:
                 checkpoint.read_into(tensor, target)
@@ -236,6 +242,14 @@ def _no_overflow(path: str, leaf: jax.ShapeDtypeStruct) -> Iterator[None]:
         raise ValueError(f"{path} has values beyond {leaf.dtype}; use dtype='bfloat16' or 'float32'.") from None
 
 
+def _placed(path: str, array: np.ndarray, leaf: jax.ShapeDtypeStruct, put: Put | None, forms: Forms) -> dict[str, jax.Array]:
+    """A leaf on the device, or the several that it becomes if it is to be quantised."""
+    product, _, kind = path.rpartition(".")
+    if kind != "weight" or product not in forms:
+        return {path: _place(array, leaf, put)}
+    return {f"{product}.{name}": _place(part, leaf, put) for name, part in quantize(array, forms[product]).items()}
+
+
 def _place(array: Any, leaf: jax.ShapeDtypeStruct, put: Put | None) -> jax.Array:
     """On the device, and there: a transfer that is under way would keep the host's copy alive."""
     placed = jax.device_put(array, leaf.sharding) if put is None else put(array)
@@ -252,12 +266,13 @@ def _bar(what: str, leaves: Leaves, progress: bool) -> Iterator[Callable[[jax.Sh
         yield lambda leaf: bar.update(nbytes(leaf))
 
 
-def dummy(leaves: Leaves, seed: int = 0, put: Put | None = None, progress: bool = True) -> dict[str, jax.Array]:
+def dummy(leaves: Leaves, seed: int = 0, put: Put | None = None, progress: bool = True,
+          forms: Forms = NO_FORMS) -> dict[str, jax.Array]:  # fmt: skip
     """Random weights: normal * 0.02, norms about 1. A leaf's values depend on `seed`, its path and its shape alone."""
     arrays = {}
     with _bar("Making weights", leaves, progress) as done, ThreadPoolExecutor(os.cpu_count()) as threads:
         for path, leaf in leaves.items():
-            arrays[path] = _place(_random(path, leaf, seed, threads), leaf, put)
+            arrays |= _placed(path, _random(path, leaf, seed, threads), leaf, put, forms)
             done(leaf)
     return arrays
 
@@ -279,7 +294,7 @@ def _random(path: str, leaf: jax.ShapeDtypeStruct, seed: int, threads: ThreadPoo
     return out
 
 
-def from_tree(tree: Any, leaves: Leaves, put: Put | None = None) -> dict[str, jax.Array]:
+def from_tree(tree: Any, leaves: Leaves, put: Put | None = None, forms: Forms = NO_FORMS) -> dict[str, jax.Array]:
     """The leaves, taken from memory: nested dicts and lists, a dict of dotted paths, an nnx.State or an nnx.Module.
 
     Arrays that are on the device already in the right dtype are not copied (do not donate them afterwards); numpy
@@ -296,7 +311,12 @@ def from_tree(tree: Any, leaves: Leaves, put: Put | None = None) -> dict[str, ja
         if np.dtype(array.dtype) not in SOURCE_DTYPES:
             problems.quantised.append(f"{path} ({array.dtype})")
     problems.finish()
-    return {path: _place(_own(given[path], path, leaf), leaf, put) for path, leaf in leaves.items()}
+    if not forms:
+        return {path: _place(_own(given[path], path, leaf), leaf, put) for path, leaf in leaves.items()}
+    arrays = {}
+    for path, leaf in leaves.items():
+        arrays |= _placed(path, np.asarray(_own(given[path], path, leaf)), leaf, put, forms)
+    return arrays
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -48,11 +48,14 @@ HOUSE = """
     jaxpaged watchdog                                         |
                                                               | llm
     async_engine                                              | build
-                                                              | beam memory runner weights
+                                                              | loading
+                                                              | beam memory quantization runner
+                                                              | weights
                                                               | programs
     engine                                                    | kv_cache packing sampler
     admission outputs                                         | models.*
-    batch                                                     | models models.decoder models.standard
+    batch                                                     | models models.standard models.quantized
+                                                              | models.decoder
     scheduler                                                 | models.mla models.moe
     publish waiting                                           | models.layers
                                                               | models.spec

@@ -20,6 +20,7 @@ from jaxpaged.models.layers import MLP, Attention, Norm, Positions, Step, column
 from jaxpaged.models.mla import LatentAttention
 from jaxpaged.models.moe import MoE
 from jaxpaged.models.spec import AttentionSpec, DecoderConfig, LayerSpec, MLASpec, MoESpec
+from pallas_kernels import ops
 
 FLOAT32 = jnp.dtype(jnp.float32)
 NORMS = {  # block -> the norms it has: before attention, before the MLP, after attention, after the MLP
@@ -41,8 +42,8 @@ class Layer(nnx.Module):
         self.attention_norm, self.mlp_norm = norm(before), norm(before_mlp)
         kind = LatentAttention if isinstance(spec.attention, MLASpec) else Attention
         self.attention = kind(E, spec, dtype, rngs)
-        is_moe = isinstance(spec.mlp, MoESpec)
-        self.mlp = MoE(E, spec.mlp, dtype, rngs) if is_moe else MLP(E, spec.mlp, dtype, rngs)
+        self.mlp = (MoE(E, spec.mlp, dtype, rngs) if isinstance(spec.mlp, MoESpec)
+                    else MLP(E, spec.mlp, dtype, rngs))  # fmt: skip
         self.attention_post_norm, self.mlp_post_norm = norm(after), norm(after_mlp)
 
     def __call__(self, x: Float[Array, "E T"], layer: int, positions: Positions, step: Step) -> Float[Array, "E T"]:
@@ -139,7 +140,8 @@ class WholeSequence:
     def attend(self, layer: int, q: Array, k: Array, v: Array | None, sinks: Array | None) -> Array:
         spec = self.config.layers[layer]
         s, (T, H, D), G = spec.attention, q.shape, k.shape[1]
-        v = k[..., : s.kv_rank] if isinstance(s, MLASpec) or v is None else v
+        v = k[..., : s.kv_rank] if isinstance(s, MLASpec) else v
+        assert v is not None
         x = q.reshape(T, G, -1, D).astype(jnp.float32) * s.scale
         scores = jnp.einsum("sgqd,tgd->gqst", x, k.astype(jnp.float32))
         if s.soft_cap is not None:
@@ -153,6 +155,9 @@ class WholeSequence:
 
     def grouped_matmul(self, x: Array, w: Array, group_sizes: Array) -> Array:
         return jax.lax.ragged_dot(x, w.transpose(0, 2, 1), group_sizes)
+
+    def quantized_matmul(self, x: Array, w: Array, scales: Array, zeros: Array | None) -> Array:
+        return ops.quantized_matmul(x, w, scales, zeros, implementation="reference")
 
 
 def _seen(spec: LayerSpec, T: int) -> Array:

@@ -44,6 +44,10 @@ class Step(Protocol):
         """As `pallas_kernels.ops.grouped_matmul`."""
         ...
 
+    def quantized_matmul(self, x: Array, w: Array, scales: Array, zeros: Array | None) -> Array:
+        """As `pallas_kernels.ops.quantized_matmul`."""
+        ...
+
 
 class Positions(NamedTuple):
     """Of the tokens at hand: int32 [T], and cos and sin [T, half] of each rotation of the model."""
@@ -66,6 +70,10 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, step: Step) -> Array:
         y = columns_product(self.weight[...], x)
         return y if self.bias is None else y + self.bias[...][:, None]
+
+    def dense(self, dtype: jnp.dtype) -> Array:
+        """W; what stands in the place of a product may keep it otherwise."""
+        return self.weight[...].astype(dtype)
 
 
 def columns_product(

@@ -41,7 +41,7 @@ class LatentAttention(nnx.Module):
     def __call__(self, x: Float[Array, "E T"], layer: int, positions: Positions, step: Step) -> Float[Array, "E T"]:
         s = self.spec
         H, C, N = s.num_heads, s.kv_rank, s.nope_dim
-        up = self.kv_up.weight[...].reshape(H, N + s.value_dim, C)
+        up = self.kv_up.dense(x.dtype).reshape(H, N + s.value_dim, C)
         q = self._queries(x, step)  # [T, H, N + R]
         q_latent = jnp.einsum("thn,hnc->thc", q[..., :N], up[:, :N])
         q = jnp.concatenate([q_latent, positions.rotate(q[..., N:], self.rope)], axis=-1)

@@ -1,0 +1,174 @@
+"""Products with weights of 8 or 4 bits, in the places of `Linear` and `Experts`; and how numbers become such weights.
+
+A matrix W [out, in] is kept as small numbers n and one scale for each row, or for each group of inputs of a row:
+
+    W[f, e] = (n[f, e] - zeros[f, e // s]) * scales[f, e // s]         s = form.group, or all inputs
+
+Activations stay in the model's dtype ("W8A16", "W4A16"), also where a checkpoint was made for quantised ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxpaged.models.decoder import Decoder
+from jaxpaged.models.layers import Linear, Step, columns_product
+from jaxpaged.models.moe import Experts
+
+SMALL = ("router", "shared_gate")
+ROWS = 4096  # that are quantised at a time: bounds the memory it takes
+
+
+@dataclass(frozen=True)
+class Form:
+    """kind: "int8", "fp8" (e4m3) or "int4" (two numbers a byte, 0..15). group: inputs that share a scale; None: all. zeros: has
+    numbers that stand for zero; else that is 0, of int4 8."""
+
+    kind: str
+    group: int | None = None
+    zeros: bool = False
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype({"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn, "int4": np.uint8}[self.kind])
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """What a matrix [..., out, in] is kept as: name -> shape, dtype. ValueError if the groups do not fit."""
+        *rows, n_in = shape
+        group = self.group or n_in
+        if n_in % group or (self.kind == "int4" and group % 2):
+            raise ValueError(f"{n_in} inputs cannot be quantised in groups of {group}.")
+        scales = (*rows, n_in // group)
+        found = {"weight": ((*rows, n_in // (1 + (self.kind == "int4"))), self.dtype), "scales": (scales, np.dtype(np.float32))}
+        return found | ({"zeros": (scales, np.dtype(np.float32))} if self.zeros else {})
+
+
+class _Quantized(nnx.Module):
+    """weight, scales and zeros of a matrix, and what it is as floats."""
+
+    def __init__(self, shape: tuple[int, ...], form: Form, bias: nnx.Param | None):
+        self.form, self.bias = form, bias
+        arrays = {name: jnp.zeros(*spec) for name, spec in form.shapes(shape).items()}
+        self.weight, self.scales = nnx.Param(arrays["weight"]), nnx.Param(arrays["scales"])
+        self.zeros = nnx.Param(arrays["zeros"]) if form.zeros else None
+
+    def dense(self, dtype: jnp.dtype) -> Array:
+        """The matrix in floats, [..., out, in]."""
+        numbers, scales = self.weight[...], self.scales[...]
+        parts = numbers.reshape(*scales.shape, -1)
+        zero = jnp.float32(0.0)
+        if self.form.kind == "int4":
+            parts, zero = jnp.concatenate([parts & 15, parts >> 4], axis=-1), jnp.float32(8.0)
+        offset = zero if self.zeros is None else self.zeros[...][..., None]
+        return ((parts.astype(jnp.float32) - offset) * scales[..., None]).reshape(*scales.shape[:-1], -1).astype(dtype)
+
+
+class QuantizedLinear(_Quantized):
+    """In the place of `Linear`."""
+
+    def __call__(self, x: Array, step: Step) -> Array:
+        y = self._product(x, step)
+        return y if self.bias is None else y + self.bias[...][:, None]
+
+    def _product(self, x: Array, step: Step) -> Array:
+        if self.form.group is None and not self.form.zeros and self.form.kind != "int4":
+            # One scale a row comes after the product: the small numbers are turned to floats as they are multiplied.
+            y = columns_product(self.weight[...].astype(x.dtype), x, jnp.dtype(jnp.float32))
+            return (y * self.scales[...]).astype(x.dtype)
+        if self.form.kind == "fp8":
+            return columns_product(self.dense(x.dtype), x)
+        zeros = None if self.zeros is None else self.zeros[...]
+        return step.quantized_matmul(x.T, self.weight[...], self.scales[...], zeros).T
+
+
+class QuantizedExperts(_Quantized):
+    """In the place of `Experts`."""
+
+    def __call__(self, x: Array, expert: Array, sizes: Array, step: Step) -> Array:
+        y = step.grouped_matmul(x, self.dense(x.dtype), sizes)
+        return y if self.bias is None else y + self.bias[...][expert]
+
+
+Forms = Mapping[str, Form]
+"""Dotted path of a product -> how its weights are kept. Others are kept as they are."""
+NO_FORMS: Forms = {}
+KINDS = {Linear: QuantizedLinear, Experts: QuantizedExperts}
+
+
+def products(model: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:
+    """(dotted path, parent, attribute) of every product."""
+    for path, parent in list(nnx.iter_graph(model)):
+        if isinstance(parent, nnx.Module):
+            for name, child in list(vars(parent).items()):
+                if type(child) in KINDS:
+                    yield ".".join(map(str, (*path, name))), parent, name
+
+
+def quantize_modules(model: Decoder, forms: Forms) -> Decoder:
+    """The decoder with quantised products in the places that `forms` names."""
+    for path, parent, name in products(model):
+        if path in forms:
+            child = getattr(parent, name)
+            setattr(parent, name, KINDS[type(child)](child.weight.shape, forms[path], child.bias))
+    return model
+
+
+def all_products(model: Decoder, form: Form) -> dict[str, Form]:
+    """`form` for every product of the layers but the small ones that decide who computes. Where its groups do not fit, smaller
+    ones."""
+    found = {}
+    for path, parent, name in products(model):
+        if name not in SMALL:
+            n_in = getattr(parent, name).weight.shape[-1]
+            fits = next((g for g in (form.group, 64, 32, 16) if g and n_in % g == 0), None) if form.group else None
+            found[path] = replace(form, group=fits)
+    return found
+
+
+# -- making small numbers ---------------------------------------------------------------------------------------------------
+
+
+def quantize(w: np.ndarray, form: Form) -> dict[str, np.ndarray]:
+    """A matrix [..., out, in] of floats as `form` keeps it. int8 and fp8: the largest |number| of a group is 127 or 448; int4:
+    the smallest is 0 and the largest 15."""
+    flat = w.reshape(-1, w.shape[-1])
+    specs = form.shapes(w.shape)
+    out = {name: np.empty((len(flat), shape[-1]), dtype) for name, (shape, dtype) in specs.items()}
+    for at in range(0, len(flat), ROWS):
+        for name, part in _quantize_rows(flat[at : at + ROWS].astype(np.float32), form).items():
+            out[name][at : at + ROWS] = part
+    return {name: array.reshape(specs[name][0]) for name, array in out.items()}
+
+
+def _quantize_rows(w: np.ndarray, form: Form) -> dict[str, np.ndarray]:
+    parts = w.reshape(len(w), -1, form.group or w.shape[1])
+    tiny = np.finfo(np.float32).tiny
+    if form.zeros:
+        low, high = np.minimum(parts.min(-1), 0), np.maximum(parts.max(-1), 0)
+        scales = np.maximum((high - low) / 15, tiny)
+        zeros = np.round(-low / scales)
+        numbers = np.clip(np.round(parts / scales[..., None]) + zeros[..., None], 0, 15).astype(np.uint8)
+        return {"weight": pack(numbers), "scales": scales, "zeros": zeros}
+    largest = {"int8": 127, "fp8": 448, "int4": 7}[form.kind]
+    scales = np.maximum(np.abs(parts).max(-1) / largest, tiny)
+    numbers = np.clip(parts / scales[..., None], -largest, largest)
+    if form.kind == "fp8":
+        return {"weight": numbers.reshape(w.shape).astype(form.dtype), "scales": scales}
+    numbers = np.round(numbers)
+    if form.kind == "int4":
+        return {"weight": pack((numbers + 8).astype(np.uint8)), "scales": scales}
+    return {"weight": numbers.reshape(w.shape).astype(np.int8), "scales": scales}
+
+
+def pack(numbers: np.ndarray) -> np.ndarray:
+    """Numbers 0..15 [rows, groups, s] -> bytes [rows, groups * s / 2]: byte j of a group holds number j in its low half and
+    number j + s/2 in its high half (the order of `pallas_kernels.ops.quantized_matmul`)."""
+    half = numbers.shape[-1] // 2
+    return (numbers[..., :half] | numbers[..., half:] << 4).reshape(len(numbers), -1)
