@@ -262,16 +262,22 @@ class GGUFCheckpoint:
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Dequantises into `out` (its shape, any float dtype), some rows at a time."""
-        tensor = self._tensors[name]
-        raw, heads = self._raw(tensor), self._rotated_heads(name)
-        if heads:
-            raw = unpermute(raw, heads)
+        tensor, (raw, _) = self._tensors[name], self.raw_rows(name)
         offset = -1.0 if self.arch == "gemma3" and name.endswith("norm.weight") else 0.0
         flat = out.reshape(-1, out.shape[-1])
         step = max(1, BLOCK_ELEMENTS // max(1, flat.shape[1]))
         for i in range(0, len(flat), step):
             values = dequantise(raw[i : i + step], tensor.type).reshape(flat[i : i + step].shape)
             flat[i : i + step] = values + offset if offset else values
+
+    def type_of(self, name: str) -> str:
+        """ggml's name of a tensor's type, such as "Q4_K"."""
+        return self._tensors[name].type.name
+
+    def raw_rows(self, name: str) -> tuple[np.ndarray, str]:
+        """The blocks of a tensor, rows in Hugging Face's order: u8 [rows, row bytes]; and its type's name."""
+        raw, heads = self._raw(self._tensors[name]), self._rotated_heads(name)
+        return (unpermute(raw, heads) if heads else raw), self.type_of(name)
 
     def close(self) -> None:
         self._data = None

@@ -26,10 +26,12 @@ class Loaded(NamedTuple):
     forms: Forms
 
 
-def scheme_of(config: EngineConfig, hf: HFConfig) -> quantization.Scheme | None:
+def scheme_of(config: EngineConfig, hf: HFConfig, is_gguf: bool) -> quantization.Scheme | None:
     """The scheme of a quantised checkpoint, from its config. RequestError if the user asks for another one."""
     given = hf.get("quantization_config")
     if not given:
+        if is_gguf and config.quantization == "gguf":
+            return None
         if config.quantization is not None and config.quantization not in quantization.ON_THE_FLY:
             raise RequestError(
                 f"quantization={config.quantization!r} is a checkpoint's format, and this one is not quantised; leave it "
@@ -62,11 +64,18 @@ def _from_checkpoint(config: EngineConfig, family: Any, decoder_config: DecoderC
                      checkpoint: Checkpoint, progress: bool) -> Loaded:  # fmt: skip
     names, ignored = family.names(decoder_config), tuple(getattr(family, "IGNORED", ()))
     ignored += TIED if decoder_config.tie else ()
+    if config.quantization == "gguf":
+        checkpoint, plan = quantization.plan_gguf(checkpoint, names)
+        return _planned(config, decoder_config, checkpoint, plan, ignored, progress)
     if scheme is None:
         forms = _everywhere(decoder_config, quantization.ON_THE_FLY.get(config.quantization or ""))
         _, _, leaves = abstract_decoder(decoder_config, config.dtype)
         return Loaded(weights.load(checkpoint, leaves, names, progress=progress, ignore=ignored, forms=forms), forms)
-    plan = quantization.plan(checkpoint, scheme, names)
+    return _planned(config, decoder_config, checkpoint, quantization.plan(checkpoint, scheme, names), ignored, progress)
+
+
+def _planned(config: EngineConfig, decoder_config: DecoderConfig, checkpoint: Checkpoint, plan: quantization.Plan,
+             ignored: tuple[str, ...], progress: bool) -> Loaded:  # fmt: skip
     _, _, leaves = abstract_decoder(decoder_config, config.dtype, plan.forms)
     ignored += plan.ignored
     return Loaded(weights.load(checkpoint, leaves, plan.names, progress=progress, ignore=ignored), plan.forms)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpaged.checkpoint import Checkpoint
+from jaxpaged.gguf_blocks import Kept, KeptCheckpoint, is_kept
 from jaxpaged.models.quantized import Form, pack
 from jaxpaged.models.standard import Name, View
 from jaxpaged.weights import regex_of
@@ -167,8 +168,7 @@ def _packed4(weights: Mapping[str, Any], group: int | None, scales: Tensor) -> S
 # -- rules ------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What loading a quantised checkpoint takes: the form of each quantised product by its path, rules for their tensors, and
     patterns of tensors that say nothing about the weights."""
 
@@ -190,6 +190,26 @@ def plan(checkpoint: Checkpoint, given: Scheme, names: Sequence[Name]) -> Plan:
             rules += [_rule(checkpoint, name, module, tensor, given.tensors[0].suffix) for tensor in given.tensors]
     ignored = tuple(f"{module}.{suffix}" for _, module in modules for suffix in IGNORED)
     return Plan(forms, (*rules, *names), ignored)
+
+
+GGUF = Scheme(Form("int8", 16), (Tensor("weight", "weight"), Tensor("scales", "scales"), Tensor("zeros", "zeros")))
+"""Of `gguf_blocks.KeptCheckpoint`; each product has a form of its own."""
+
+
+def plan_gguf(checkpoint: Checkpoint, names: Sequence[Name]) -> tuple[KeptCheckpoint, Plan]:
+    """Products all of whose tensors are of types that are kept, in a form that holds all of them."""
+    forms: dict[str, Kept | None] = {}
+    parts: dict[str, str] = {}
+    for name in names:
+        for m in _matches(checkpoint, name.pattern) if name.path.endswith(".weight") else ():
+            form, path = is_kept(checkpoint, m.string), name.path.removesuffix(".weight").format(**m.groupdict())
+            before = forms.get(path, form)
+            forms[path], parts[m.string] = form.join(before) if form and before else None, path
+    embeddings = ("embed", "head")
+    kept = {tensor: form for tensor, path in parts.items() if (form := forms[path]) and path not in embeddings}
+    wrapped = KeptCheckpoint(checkpoint, kept)
+    found = plan(wrapped, GGUF, names)
+    return wrapped, found._replace(forms={path: Form(*forms[path]) for path in found.forms})
 
 
 def _matches(checkpoint: Checkpoint, pattern: str) -> list[re.Match[str]]:

@@ -60,9 +60,9 @@ HOUSE = """
     publish waiting                                           | models.layers
                                                               | models.spec
                                                               | models.rope
-    state tokenizer                                           | kernels
-    pages checkpoint gguf_tokenizer                           | kernels.mosaic_gpu kernels.triton
-    chat_template config reach gguf_file prompts                    | kernels.reference kernels.mosaic_gpu.attention
+    state tokenizer gguf_blocks                               | kernels
+    pages gguf_tokenizer checkpoint                           | kernels.mosaic_gpu kernels.triton
+    chat_template config reach gguf_file prompts              | kernels.reference kernels.mosaic_gpu.attention
                                                               | kernels.triton.attention
                                                               | kernels.triton.decode kernels.triton.prefill
                                                               | kernels.triton.cache kernels.triton.matmul

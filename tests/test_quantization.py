@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from families import Row
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-
-from families import Row
-from jaxpaged import LLM, SamplingParams
-from jaxpaged.models.quantized import Form, QuantizedLinear, quantize
+from tiny_checkpoints import write_gguf
 from tiny_hf import errors, make, prompts
+
+from jaxpaged import LLM, SamplingParams
+from jaxpaged.gguf_blocks import KEPT, in_form, unpack
+from jaxpaged.models.quantized import Form, QuantizedLinear, quantize
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 LLAMA = Row("", "Llama", SIZES)
@@ -234,3 +236,64 @@ def test_a_format_that_the_checkpoint_has_not_is_refused(tmp_path):
     write(tmp_path, tmp_path / "twin", LLAMA, *FORMATS["awq"])
     with pytest.raises(ValueError, match="quantization='int8', but the checkpoint is quantised already"):
         LLM(str(tmp_path), quantization="int8", **ENGINE)
+
+
+# -- GGUF --------------------------------------------------------------------------------------------------------------
+
+HALVES = {"Q4_0": (18, [0]), "Q8_0": (34, [0]), "Q4_K": (144, [0, 2]), "Q6_K": (210, [208])}  # bytes, where its float16s are
+GGUF_SIZE = {"embedding_length": 256, "feed_forward_length": 256, "context_length": 128, "block_count": 2,
+             "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5,
+             "rope.freq_base": 10000.0}  # fmt: skip
+
+
+def raw_blocks(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
+    """Any bytes are blocks, if their float16s are no NaN; u8 [rows, bytes]."""
+    rng, (size, halves) = np.random.default_rng(seed), HALVES[kind]
+    elements = 256 if kind.endswith("K") else 32
+    blocks = rng.integers(0, 256, (rows, columns // elements, size)).astype(np.uint8)
+    spread = {"Q4_0": 5, "Q8_0": 74, "Q4_K": 300, "Q6_K": 1400}[kind] * columns**0.5  # of a number that is multiplied by it
+    for at in halves:
+        scales = rng.uniform(0.5, 1, blocks.shape[:2]) / spread
+        blocks[..., at : at + 2] = np.ascontiguousarray(scales.astype("<f2"))[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def gguf_file(path, types: dict[str, str]):
+    import gguf
+
+    shapes = {"attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256),
+              "ffn_gate": (256, 256), "ffn_up": (256, 256), "ffn_down": (256, 256)}  # fmt: skip
+    tensors = {"token_embd.weight": (raw_blocks("Q8_0", 101, 256, 1), gguf.GGMLQuantizationType.Q8_0),
+               "output_norm.weight": np.ones(256, np.float32)}  # fmt: skip
+    for i in range(2):
+        tensors |= {f"blk.{i}.{name}.weight": np.ones(256, np.float32) for name in ("attn_norm", "ffn_norm")}
+        for k, (name, shape) in enumerate(shapes.items()):
+            kind = types.get(f"{i}.{name}", types.get(name, "Q4_K"))
+            raw = raw_blocks(kind, *shape, seed=10 * i + k)
+            tensors[f"blk.{i}.{name}.weight"] = raw, gguf.GGMLQuantizationType[kind]
+    return write_gguf(path, {f"llama.{key}": value for key, value in GGUF_SIZE.items()}, tensors)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_blocks_are_what_the_gguf_package_makes_of_them(kind):
+    import gguf
+
+    raw = raw_blocks(kind, 5, 512, 0)
+    wanted = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    for form in (KEPT[kind], KEPT[kind].join(KEPT["Q6_K"]), KEPT[kind].join(KEPT["Q4_K"])):
+        arrays = in_form(unpack(raw, kind), KEPT[kind], form)
+        if not form.zeros:
+            assert (arrays.pop("zeros") == 0).all()
+        found = floats_of(arrays, Form(*form), wanted.shape)
+        assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("types", [{}, {"attn_v": "Q6_K", "ffn_down": "Q8_0", "attn_output": "Q4_0", "1.ffn_up": "Q8_0"}],
+                         ids=["one type", "mixed"])  # fmt: skip
+def test_gguf_blocks_that_are_kept_compute_what_their_floats_do(tmp_path, types):
+    file = gguf_file(tmp_path / "model.gguf", types)
+    prompt = prompts(40).tolist()
+    tokens, logprobs, num_bytes = generate(file, prompt, quantization="gguf")
+    expected, wanted, float_bytes = generate(file, prompt)
+    assert tokens == expected and errors(logprobs, wanted) < 1e-4
+    assert num_bytes < 0.5 * float_bytes
