@@ -20,6 +20,8 @@ _HOMES = {
     "RequestOutput": "jaxpaged.request",
     "RequestOutputKind": "jaxpaged.request",
     "SamplingParams": "jaxpaged.request",
+    "ScoringOutput": "jaxpaged.scoring",
+    "ScoringRequestOutput": "jaxpaged.scoring",
     "TextPrompt": "jaxpaged.prompts",
     "TokensPrompt": "jaxpaged.prompts",
 }
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from jaxpaged.request import RequestOutput as RequestOutput
     from jaxpaged.request import RequestOutputKind as RequestOutputKind
     from jaxpaged.request import SamplingParams as SamplingParams
+    from jaxpaged.scoring import ScoringOutput as ScoringOutput
+    from jaxpaged.scoring import ScoringRequestOutput as ScoringRequestOutput
 
 
 def __getattr__(name: str) -> Any:

@@ -93,7 +93,8 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
         model = checkpoint.config if checkpoint is not None else read_json(Path(str(path)) / "config.json")
     hf = HFConfig(model, config.hf_overrides, source=path or "the config")
     family = door(hf["model_type"])
-    decoder_config, scheme = family.decoder_config(hf), loading.scheme_of(config, hf, path is not None and path.suffix == ".gguf")
+    decoder_config, is_gguf = family.decoder_config(hf), path is not None and path.suffix == ".gguf"
+    scheme = loading.scheme_of(config, hf, is_gguf)
     hf.finish()
     auto_length = config.max_model_len == "auto"
     config = config.resolve(device.platform, decoder_config.max_positions)

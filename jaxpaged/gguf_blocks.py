@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpaged.checkpoint import Checkpoint
 from jaxpaged.gguf_file import GGUFCheckpoint
 
 PARTS = ("weight", "scales", "zeros")
@@ -153,8 +152,3 @@ def in_form(blocks: Blocks, have: Kept, want: Kept) -> dict[str, np.ndarray]:
     half = want.group // 2
     packed = (numbers[..., :half] | numbers[..., half:] << 4).reshape(len(scales), -1)
     return {"weight": packed, "scales": scales, "zeros": zeros}
-
-
-def is_kept(checkpoint: Checkpoint, name: str) -> Kept | None:
-    """The form of a tensor of a GGUF file; None if it is not one, or of a type that is not kept."""
-    return KEPT.get(checkpoint.type_of(name)) if isinstance(checkpoint, GGUFCheckpoint) else None

@@ -25,6 +25,7 @@ from jaxpaged.request import (
     RequestOutputKind,
     SamplingParams,
 )
+from jaxpaged.scoring import ScoringRequestOutput, parse_pairs, score
 from jaxpaged.tokenizer import Tokenizer
 
 
@@ -97,6 +98,23 @@ class LLM:
         params = PoolingParams() if pooling_params is None else pooling_params
         each = _one_each("pooling_params", PoolingParams, params, len(parsed))
         return self._run(parsed, each, _priorities(priority, len(parsed)), use_tqdm)
+
+    def score(
+        self,
+        data_1: Any,
+        data_2: Any,
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How alike texts are: `output.outputs.score`, the cosine of their vectors (as of `embed`). data_1: a prompt for all of
+        data_2, or as many as data_2 has."""
+        _refuse_lora(lora_request)
+        parsed, pairs = parse_pairs(data_1, data_2)
+        each = _one_each("pooling_params", PoolingParams, pooling_params or PoolingParams(), len(parsed))
+        vectors = self._run(parsed, each, _priorities(None, len(parsed)), use_tqdm)
+        return [score(vectors[i], vectors[j]) for i, j in pairs]
 
     def chat(
         self,

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxpaged import quantization, weights
 from jaxpaged.checkpoint import Checkpoint
 from jaxpaged.config import EngineConfig
+from jaxpaged.gguf_file import GGUFCheckpoint
 from jaxpaged.hf_config import HFConfig
 from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.quantized import NO_FORMS, Form, Forms, all_products
@@ -64,7 +65,7 @@ def _from_checkpoint(config: EngineConfig, family: Any, decoder_config: DecoderC
                      checkpoint: Checkpoint, progress: bool) -> Loaded:  # fmt: skip
     names, ignored = family.names(decoder_config), tuple(getattr(family, "IGNORED", ()))
     ignored += TIED if decoder_config.tie else ()
-    if config.quantization == "gguf":
+    if config.quantization == "gguf" and isinstance(checkpoint, GGUFCheckpoint):
         checkpoint, plan = quantization.plan_gguf(checkpoint, names)
         return _planned(config, decoder_config, checkpoint, plan, ignored, progress)
     if scheme is None:

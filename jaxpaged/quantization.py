@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpaged.checkpoint import Checkpoint
-from jaxpaged.gguf_blocks import Kept, KeptCheckpoint, is_kept
+from jaxpaged.gguf_blocks import KEPT, Kept, KeptCheckpoint
+from jaxpaged.gguf_file import GGUFCheckpoint
 from jaxpaged.models.quantized import Form, pack
 from jaxpaged.models.standard import Name, View
 from jaxpaged.weights import regex_of
@@ -49,7 +50,7 @@ def scheme(config: Mapping[str, Any]) -> Scheme:
     if method not in readers:
         known = ", ".join(readers)
         raise ValueError(f"quantization_config: quant_method {config.get('quant_method')!r} is not supported; supported: "
-                         f"{known}, GGUF files, and quantization='int8', 'int4' or 'fp8' for any other checkpoint.")  # fmt: skip
+                         f"{known}, GGUF files, and quantization='int8', 'int4' or 'fp8' for others.")  # fmt: skip
     return readers[method](config)
 
 
@@ -196,20 +197,20 @@ GGUF = Scheme(Form("int8", 16), (Tensor("weight", "weight"), Tensor("scales", "s
 """Of `gguf_blocks.KeptCheckpoint`; each product has a form of its own."""
 
 
-def plan_gguf(checkpoint: Checkpoint, names: Sequence[Name]) -> tuple[KeptCheckpoint, Plan]:
+def plan_gguf(checkpoint: GGUFCheckpoint, names: Sequence[Name]) -> tuple[KeptCheckpoint, Plan]:
     """Products all of whose tensors are of types that are kept, in a form that holds all of them."""
     forms: dict[str, Kept | None] = {}
     parts: dict[str, str] = {}
     for name in names:
         for m in _matches(checkpoint, name.pattern) if name.path.endswith(".weight") else ():
-            form, path = is_kept(checkpoint, m.string), name.path.removesuffix(".weight").format(**m.groupdict())
+            form, path = KEPT.get(checkpoint.type_of(m.string)), name.path.removesuffix(".weight").format(**m.groupdict())
             before = forms.get(path, form)
             forms[path], parts[m.string] = form.join(before) if form and before else None, path
     embeddings = ("embed", "head")
     kept = {tensor: form for tensor, path in parts.items() if (form := forms[path]) and path not in embeddings}
     wrapped = KeptCheckpoint(checkpoint, kept)
     found = plan(wrapped, GGUF, names)
-    return wrapped, found._replace(forms={path: Form(*forms[path]) for path in found.forms})
+    return wrapped, found._replace(forms={path: Form(*form) for path, form in forms.items() if form and path in found.forms})
 
 
 def _matches(checkpoint: Checkpoint, pattern: str) -> list[re.Match[str]]:

@@ -60,7 +60,7 @@ HOUSE = """
     publish waiting                                           | models.layers
                                                               | models.spec
                                                               | models.rope
-    state tokenizer gguf_blocks                               | kernels
+    state tokenizer gguf_blocks scoring                       | kernels
     pages gguf_tokenizer checkpoint                           | kernels.mosaic_gpu kernels.triton
     chat_template config reach gguf_file prompts              | kernels.reference kernels.mosaic_gpu.attention
                                                               | kernels.triton.attention

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import test_llm
 import tiny_hf as models
-from families import Row
 import torch
 from fakes import EMBED_DIM, FakeRunner, paper_tokens, paper_vector
+from families import Row
+from families.qwen import SLIDING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import EOS, VOCAB, engine, final
@@ -270,7 +271,7 @@ ENGINE = {"block_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 4, "ma
 def model(tmp_path_factory):
     """(folder, transformers' model) of a random model with sliding windows."""
     folder = tmp_path_factory.mktemp("model")
-    return folder, models.make(folder, Row("", "Qwen3"))
+    return folder, models.make(folder, Row("", "Qwen3", {"attention_bias": True, **SLIDING}))
 
 
 def load(folder, **changes) -> LLM:
@@ -325,6 +326,18 @@ def test_chunks_change_nothing(model, llm):
     with load(model[0], max_num_batched_tokens=512) as whole:
         for params in (RAW, MEAN):
             assert models.errors(embed(llm, PROMPTS, params), embed(whole, PROMPTS, params)).max() < 1e-5
+
+
+def test_scores_are_cosines_of_pairs(llm):
+    one, two, three = PROMPTS[1:4]
+    vectors = embed(llm, [one, two, three], RAW)
+    cosine = lambda i, j: vectors[i] @ vectors[j] / np.linalg.norm(vectors[i]) / np.linalg.norm(vectors[j])
+    scores = lambda *pair: [output.outputs.score for output in llm.score(*pair, use_tqdm=False)]
+    assert scores(one, two) == pytest.approx([cosine(0, 1)], abs=1e-5)
+    assert scores(one, [two, three, one]) == pytest.approx([cosine(0, 1), cosine(0, 2), 1.0], abs=1e-5)
+    assert scores([one, three], [two, two]) == pytest.approx([cosine(0, 1), cosine(2, 1)], abs=1e-5)
+    with pytest.raises(RequestError, match="score: 2 first texts and 3 second ones"):
+        llm.score([one, two], [one, two, three])
 
 
 def test_beside_generation_both_are_as_alone(llm):
