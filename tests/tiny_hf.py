@@ -14,8 +14,7 @@ from flax import nnx
 from jaxpaged import weights
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.hf_config import HFConfig
-from jaxpaged.models import door
-from jaxpaged.models.standard import TIED
+from jaxpaged.models import door, standard
 from jaxpaged.runner import abstract_decoder
 
 # Largest relative error of a vector, |x - y| / |y|. float32: sums in another order; 3e-6 at most was seen. bfloat16
@@ -27,7 +26,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
 def make(folder: Path, row: Row, heads: str | None = None, tie: bool | None = None, **changes):
     """A random model of a row, saved by transformers as it saves models, and the model."""
     config = getattr(transformers, f"{row.config}Config")(**{**row.settings(heads, tie), **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=row.attention).eval()
     randomise(model)
     model.save_pretrained(folder)
     if row.convert is not None:
@@ -49,7 +48,7 @@ def randomise(model) -> None:
 
 def reference(model, tokens) -> torch.Tensor:
     """transformers' logits [B, T, V]. Its Gemma 3 can cap attention but does not tell itself the config's cap."""
-    cap = getattr(model.config, "attn_logit_softcapping", None)
+    cap = model.config.attn_logit_softcapping if model.config.model_type == "gemma3_text" else None
     return model(torch.as_tensor(tokens), use_cache=False, **({} if cap is None else {"softcap": cap})).logits
 
 
@@ -65,13 +64,13 @@ def opened(folder: Path):
     family = door(hf["model_type"])
     config = family.decoder_config(hf)
     hf.finish()
-    ignore = (*getattr(family, "IGNORED", ()), *(TIED if config.tie else ()))
-    return checkpoint, config, family.names(config), ignore
+    return checkpoint, config, family.names(config), standard.ignored(family, config)
 
 
-def load(folder: Path, dtype: str = "float32"):
-    """Graph and weights of the decoder that the engine would make of a folder."""
+def load(folder: Path, dtype: str = "float32", longest: int | None = None):
+    """Graph and weights of the decoder that the engine would make of a folder, for sequences of at most so many tokens."""
     checkpoint, config, names, ignore = opened(folder)
+    config = config.for_length(longest or config.max_positions)
     graph, treedef, leaves = abstract_decoder(config, dtype)
     arrays = weights.load(checkpoint, leaves, names, progress=False, ignore=ignore)
     checkpoint.close()
@@ -79,7 +78,7 @@ def load(folder: Path, dtype: str = "float32"):
 
 
 def forward(folder: Path, tokens: np.ndarray, dtype: str = "float32") -> np.ndarray:
-    graph, state = load(folder, dtype)
+    graph, state = load(folder, dtype, longest=tokens.shape[1])
     logits = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))(state, jnp.asarray(tokens, jnp.int32))
     assert logits.dtype == jnp.float32
     return np.asarray(logits)

@@ -32,6 +32,7 @@ class Row:
     `num_key_value_heads`. ties: values of tie_word_embeddings that it has. (The first of each is in the fast suite, the other
     combinations are slow tests.) length: of the sequences, tokens. saved_as, convert: for a family that transformers does not
     have: its model_type, and what makes a folder that transformers has saved (of `config`'s class) one of this family's.
+    attention: which of transformers' implementations is the reference.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     length: int = LENGTH
     saved_as: str | None = None
     convert: Callable[[Path], None] | None = None
+    attention: str = "eager"
 
     def settings(self, heads: str | None = None, tie: bool | None = None) -> dict[str, Any]:
         """Keyword arguments of the config class."""
