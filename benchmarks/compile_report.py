@@ -175,7 +175,7 @@ def _step(T: int, R: int) -> tuple[Any, ...]:
     graph, treedef, abstract = abstract_decoder(config, jnp.bfloat16)
     dims = programs.Dims(num_slots=256, columns=(256,), num_pages=20000, page_size=32, max_model_len=8192, vocab_size=128256,
                          max_logprobs=20)  # fmt: skip
-    kv = kv_cache.layout(config, dims.max_model_len)
+    kv = kv_cache.layout(config, dims.max_model_len, dims.page_size)
     caches = tuple(kv_cache.specs(config, kv, dims.num_pages, dims.page_size, jnp.bfloat16))
     bucket = Bucket(T, R)
     packed = jax.ShapeDtypeStruct((packing.size(programs.forward_layout(bucket, dims)),), jnp.int32)

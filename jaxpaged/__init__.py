@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "jaxpaged.llm",
+    "LoRARequest": "jaxpaged.adapter",
     "EngineConfig": "jaxpaged.config",
     "BeamSearchParams": "jaxpaged.request",
     "CompletionOutput": "jaxpaged.request",
@@ -28,6 +29,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from jaxpaged.adapter import LoRARequest as LoRARequest
     from jaxpaged.config import EngineConfig as EngineConfig
     from jaxpaged.llm import LLM as LLM
     from jaxpaged.prompts import TextPrompt as TextPrompt

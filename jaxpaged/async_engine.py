@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, overload
 
+from jaxpaged.adapter import Adapter
 from jaxpaged.engine import Engine
 from jaxpaged.outputs import merged
 from jaxpaged.request import EmbeddingRequestOutput, EngineOutput, PoolingParams, RequestError, RequestOutput, SamplingParams
@@ -179,21 +180,21 @@ class AsyncEngine:
 
     @overload
     def submit(self, request_id: str, prompt: Sequence[int], params: SamplingParams, *, priority: int = ...,
-               cache_salt: str = ..., prompt_text: str | None = ...,
+               cache_salt: str = ..., prompt_text: str | None = ..., adapter: Adapter | None = ...,
                trace_headers: Mapping[str, str] | None = ...) -> Stream[RequestOutput]: ...  # fmt: skip
 
     @overload
     def submit(self, request_id: str, prompt: Sequence[int], params: PoolingParams, *, priority: int = ...,
-               cache_salt: str = ..., prompt_text: str | None = ...,
+               cache_salt: str = ..., prompt_text: str | None = ..., adapter: Adapter | None = ...,
                trace_headers: Mapping[str, str] | None = ...) -> Stream[EmbeddingRequestOutput]: ...  # fmt: skip
 
     def submit(self, request_id: str, prompt: Sequence[int], params: SamplingParams | PoolingParams, *, priority: int = 0,
-               cache_salt: str = "", prompt_text: str | None = None,
+               cache_salt: str = "", prompt_text: str | None = None, adapter: Adapter | None = None,
                trace_headers: Mapping[str, str] | None = None) -> Stream[Any]:  # fmt: skip
         """A request; its outputs come from the stream: of PoolingParams one, the embedding. RequestError (400, or 503 at a
         limit), and nothing is kept, if it cannot be served."""
         self._check_admission()
-        self.engine.submit(request_id, prompt, params, priority, cache_salt, prompt_text)
+        self.engine.submit(request_id, prompt, params, priority, cache_salt, prompt_text, adapter)
         stream = self.streams[request_id] = Stream(self, request_id, params, len(prompt), trace_headers)
         assert self._idle is not None, "start() comes first"
         self._idle.clear()

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpaged.adapter import Adapter
 from jaxpaged.request import MAX_LOGIT_BIAS, Request
+from jaxpaged.residents import NONE
 from jaxpaged.scheduler import Plan, State
 
 
@@ -81,6 +83,8 @@ class Batch(NamedTuple):
     prompt_logprobs: bool
     targets: np.ndarray  # int32 [T]: the prompt's next token, 0 where there is none
     pools: bool  # some row's hidden states are asked for
+    adapters: np.ndarray  # int32 [R]: the place of the row's LoRA adapter, -1: it has none
+    loads: tuple[tuple[int, Adapter], ...]  # adapters that go to a place before the step
 
 
 class TokenLogprobs(NamedTuple):
@@ -152,6 +156,8 @@ def build(state: State, plan: Plan, bucket: Bucket) -> Batch:
         prompt_logprobs=wants_prompt,
         targets=_targets(state, slot, positions, T) if wants_prompt else np.zeros(T, np.int32),
         pools=bool(state.seats.pooling[plan.slots].any()),
+        adapters=_padded(state.seats.adapter[plan.slots], R, NONE),
+        loads=plan.loads,
     )
 
 

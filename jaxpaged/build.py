@@ -12,19 +12,21 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jaxpaged import hub, kv_cache, loading, memory
+from jaxpaged import hub, kv_cache, loading, lora, memory
 from jaxpaged.batch import Bucket, ladder
 from jaxpaged.checkpoint import Checkpoint, open_checkpoint, read_json
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
 from jaxpaged.hf_config import HFConfig
 from jaxpaged.loading import Loaded
+from jaxpaged.loras import Loras
 from jaxpaged.models import door
+from jaxpaged.models.adapters import Slots
 from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.programs import Dims
 from jaxpaged.reach import Reach
 from jaxpaged.request import RequestError
-from jaxpaged.runner import ModelRunner
+from jaxpaged.runner import ModelRunner, adapter_bytes
 from jaxpaged.scheduler import Limits
 from jaxpaged.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels.checks import QUANTIZED
@@ -50,6 +52,7 @@ class Built:
     generation_config: dict[str, Any]
     plan: memory.MemoryPlan
     seconds: dict[str, float]
+    loras: Loras
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     if model is None:
         model = checkpoint.config if checkpoint is not None else read_json(Path(str(path)) / "config.json")
     hf = HFConfig(model, config.hf_overrides, source=path or "the config")
-    family = door(hf["model_type"])
+    family = door(hf["model_type"], hf)
     decoder_config, is_gguf = family.decoder_config(hf), path is not None and path.suffix == ".gguf"
     scheme = loading.scheme_of(config, hf, is_gguf)
     hf.finish()
@@ -111,7 +114,15 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     engine = Engine(limits, runner, runner.buckets, tokenizer, eos_ids,
                     config.max_logprobs, config.async_scheduling, config.seed)  # fmt: skip
     log.info("%s", plan.table(int(config.block_size)))
-    return Built(engine, runner, config, decoder_config, tokenizer, generation_config, plan, stages.seconds)
+    return Built(engine, runner, config, decoder_config, tokenizer, generation_config, plan, stages.seconds,
+                 _loras(config, decoder_config, family))  # fmt: skip
+
+
+def _loras(config: EngineConfig, decoder_config: DecoderConfig, family: Any) -> Loras:
+    if not config.enable_lora:
+        return Loras(None)
+    target = lora.target(decoder_config, family.names(decoder_config), config.max_lora_rank, config.dtype)
+    return Loras(lambda request, key: lora.read(request, key, target), config.max_cpu_loras or 0)
 
 
 def _use_compilation_cache(folder: str | None) -> None:
@@ -163,6 +174,7 @@ def _limits(config: EngineConfig, decoder_config: DecoderConfig, reaches: tuple[
         enable_prefix_caching=config.enable_prefix_caching,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         reaches=reaches,
+        max_loras=config.num_loras,
     )
 
 
@@ -172,11 +184,13 @@ def _runner(config: EngineConfig, decoder_config: DecoderConfig, loaded: Loaded,
     with fewer. With `auto_length` the longest sequence may become shorter, so that one fits."""
     buckets = ladder(int(config.max_num_batched_tokens), int(config.max_num_seqs))
     weight_bytes = sum(x.nbytes for x in loaded.leaves.values())
+    weight_bytes += adapter_bytes(decoder_config, Slots(config.num_loras, config.max_lora_rank), config.dtype)
     limit = memory.device_limit(device, config.gpu_memory_utilization)
     temporaries = _expected_temporaries(decoder_config, buckets, jnp.dtype(config.dtype).itemsize)
     cache_dtype, ops = _cache_dtype(config, decoder_config), _kernels(config, device)
-    kv = kv_cache.layout(decoder_config, int(config.max_model_len or 0), hybrid=not config.disable_hybrid_kv_cache_manager)
-    page_bytes = kv_cache.page_bytes(decoder_config, kv, int(config.block_size), cache_dtype)
+    page_size, hybrid = int(config.block_size), not config.disable_hybrid_kv_cache_manager
+    kv = kv_cache.layout(decoder_config, int(config.max_model_len or 0), page_size, hybrid)
+    page_bytes = kv_cache.page_bytes(decoder_config, kv, page_size, cache_dtype)
     while True:
         account = limit, weight_bytes, temporaries, page_bytes
         if auto_length:
@@ -227,7 +241,8 @@ def _cache_dtype(config: EngineConfig, decoder_config: DecoderConfig) -> str:
 
 def _dims(config: EngineConfig, limits: Limits, num_pages: int) -> Dims:
     return Dims(limits.max_num_seqs, limits.columns, num_pages, limits.page_size, limits.max_model_len,
-                limits.vocab_size, min(config.max_logprobs, limits.vocab_size))  # fmt: skip
+                limits.vocab_size, min(config.max_logprobs, limits.vocab_size),
+                Slots(config.num_loras, config.max_lora_rank))  # fmt: skip
 
 
 def _expected_temporaries(config: DecoderConfig, buckets: tuple[Bucket, ...], itemsize: int) -> int:

@@ -1,4 +1,5 @@
-"""Checkpoints: a config and named tensors, read lazily through mmap. Safetensors here, GGUF in `gguf_file`.
+"""Checkpoints: a config and named tensors, read lazily through mmap. Safetensors here, GGUF in `gguf_file`, Orbax in
+`orbax_checkpoint`.
 
 The safetensors header is parsed here (8 bytes of length, then JSON), so that bfloat16 and float8 come as ml_dtypes
 without another framework and a damaged file is refused with the name of the tensor at fault.
@@ -10,12 +11,16 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import shlex
 import weakref
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
+
+from jaxpaged.folder import MARK
+from jaxpaged.folder import read_json as read_json
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -60,8 +65,12 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A folder with config.json and safetensors, or a .gguf file."""
+    """A folder with config.json and safetensors, one that `jaxpaged convert` has written, or a .gguf file."""
     path = Path(path)
+    if (path / MARK).is_file():
+        from jaxpaged.orbax_checkpoint import OrbaxCheckpoint
+
+        return OrbaxCheckpoint(path)
     if path.is_dir():
         return SafetensorsCheckpoint(path)
     if path.is_file() and path.suffix == ".gguf":
@@ -208,21 +217,13 @@ class SafetensorsCheckpoint:
         """`out`: the checkpoint's shape, any float dtype."""
         self._files[name].read_into(name, out)
 
+    def file_of(self, name: str) -> str:
+        """The name of the file that a tensor is in."""
+        return self._files[name].path.name
+
     def close(self) -> None:
         for file in set(self._files.values()):
             file.close()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object.")
-    return value
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -234,15 +235,33 @@ def weight_files(folder: Path) -> list[str]:
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"{folder} has pickled weights only ({', '.join(pickles[:5])}); reading one may run any code, "
-            "so it is refused. Convert them to safetensors (transformers' `save_pretrained` writes them)."
+            f"{folder} has pickled weights only ({', '.join(pickles[:5])}); reading one may run any code, so it is "
+            f"refused. If you trust where they come from, convert them yourself, where torch is installed:\n"
+            f"{unpickling(folder, pickles)}"
         )
     found = sorted(p.name for p in folder.iterdir())
+    if any(name.startswith("pytorch_model.bin") for name in found):  # the index: from the hub, where .bin is not downloaded
+        raise ValueError(f"{folder} has no safetensors; its weights are pickled ({', '.join(found)}), which are neither "
+                         "downloaded nor read: reading one may run any code. Look for a conversion of the model to "
+                         "safetensors on the hub.")  # fmt: skip
     hint = "".join(f" To load {name}, give the file itself: {folder / name}." for name in found if ".gguf" in name)
     raise ValueError(
         f"{folder} has no weights: neither {SINGLE} nor {INDEX} is among its {len(found)} files "
         f"({', '.join(found[:10])}).{hint}"
     )
+
+
+def unpickling(folder: Path, pickles: list[str]) -> str:
+    """A command for the user to run: pickles to model.safetensors. With `weights_only` torch refuses all but tensors."""
+    pickles = [name for name in pickles if name.startswith("pytorch_model")] or pickles  # beside an optimizer's, say
+    code = (
+        "import pathlib, torch; from safetensors.torch import save_file; "
+        f"folder = pathlib.Path({str(folder)!r}); x = {{}}; "
+        f"[x.update(torch.load(folder / f, map_location='cpu', weights_only=True)) for f in {pickles!r}]; "
+        "x = x.get('state_dict', x); "
+        "save_file({k: v.clone().contiguous() for k, v in x.items()}, folder / 'model.safetensors', {'format': 'pt'})"
+    )
+    return f"  python -c {shlex.quote(code)}"
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -31,6 +31,8 @@ SERVER_HELP: dict[str, tuple[str, str]] = {
     "ssl_cert_reqs": (LISTENING, "TLS: 0, 1, 2: clients need no certificate, may have one, must have one."),
     "ssl_ciphers": (LISTENING, "TLS: OpenSSL's cipher list."),
     "served_model_name": (API, "Names that clients may call the model; several may follow."),
+    "lora_modules": (API, "LoRA adapters to load: name=path, or a JSON object with name and path; several may follow."),
+    "allow_runtime_lora_updating": (API, "Clients may load and unload LoRA adapters."),
     "api_key": (API, "A key that clients must send; several may follow. (or JAXPAGED_API_KEY)"),
     "allowed_origins": (API, "CORS: origins whose pages may call; several may follow, * for all."),
     "allowed_methods": (API, "CORS: methods."),
@@ -150,6 +152,8 @@ def server_options(flags: dict[str, Any]) -> ServerOptions:
         given[name] = tuple(given[name])
     if not given.get("api_key") and os.environ.get("JAXPAGED_API_KEY"):
         given["api_key"] = (os.environ["JAXPAGED_API_KEY"],)
+    if os.environ.get("JAXPAGED_ALLOW_RUNTIME_LORA_UPDATING") == "1":
+        given.setdefault("allow_runtime_lora_updating", True)
     return ServerOptions(**given)
 
 

@@ -12,7 +12,7 @@ from jaxpaged.request import RequestError, refuse_unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-QUANTIZATIONS = (None, "int8", "int4", "fp8", "gptq", "awq", "compressed-tensors", "gguf")
+QUANTIZATIONS = (None, "int8", "int4", "fp8", "gptq", "awq", "compressed-tensors", "mxfp4", "gguf")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8")
 POLICIES = ("fcfs", "priority")
 # Arguments of vLLM's LLM that this version does not have, and the values that ask for nothing: those are taken, so that a
@@ -20,7 +20,7 @@ POLICIES = ("fcfs", "priority")
 NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "tokenizer_mode": ("auto", "hf", "slow"), "tokenizer_revision": (None,), "runner": ("auto", "generate"),
     "convert": ("auto", "none"), "cpu_offload_gb": (0,),
-    "swap_space": (0, 4), "enable_lora": (False,), "enable_sleep_mode": (False,), "enable_expert_parallel": (False,),
+    "swap_space": (0, 4), "fully_sharded_loras": (False,), "enable_sleep_mode": (False,), "enable_expert_parallel": (False,),
     "data_parallel_size": (1,), "distributed_executor_backend": (None, "mp", "uni"), "disable_custom_all_reduce": (False, True),
     "disable_sliding_window": (False,), "speculative_config": (None,), "compilation_config": (None,),
     "structured_outputs_config": (None,), "logits_processors": (None,), "logprobs_mode": ("raw_logprobs",),
@@ -45,6 +45,8 @@ class EngineConfig:
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens a step.
     long_prefill_token_threshold: longest chunk of one prompt a step; 0: no limit but the budget.
     async_scheduling: dispatch a step before the last one's tokens are read.
+    enable_lora: requests may name LoRA adapters; max_loras of them are on the device at once, of rank max_lora_rank at most,
+      max_cpu_loras in host memory (None: as many as are loaded).
     enforce_eager: compile each program when it is first needed instead of all at the start.
     hf_overrides: changes to the model's config.json. generation_config: "auto" takes default sampling parameters from
       the model's generation_config.json, "vllm" takes none.
@@ -80,6 +82,10 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     async_scheduling: bool = True
     max_logprobs: int = 20
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None
     enforce_eager: bool = False
     kernel_backend: str = "auto"
     debug_checks: bool = False
@@ -103,7 +109,9 @@ class EngineConfig:
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
         for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             _positive(name, getattr(self, name), auto=True)
-        for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override"):
+        for name in ("max_loras", "max_lora_rank"):
+            _positive(name, getattr(self, name))
+        for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override", "max_cpu_loras"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         share = self.gpu_memory_utilization
@@ -124,6 +132,11 @@ class EngineConfig:
         if not self.enable_chunked_prefill:
             raise RequestError("enable_chunked_prefill=False is not supported: prompts are always read in chunks; "
                                "raise max_num_batched_tokens to read a whole prompt in one step.")  # fmt: skip
+
+    @property
+    def num_loras(self) -> int:
+        """On the device at once."""
+        return self.max_loras if self.enable_lora else 0
 
     def replace(self, **changes: Any) -> EngineConfig:
         return replace(self, **changes)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxpaged import admission, batch, scheduler
+from jaxpaged.adapter import Adapter
 from jaxpaged.batch import Batch, Bucket, Sampled
 from jaxpaged.outputs import Group, Track
 from jaxpaged.request import EngineOutput, FinishReason, PoolingParams, Request, RequestError, SamplingParams
@@ -118,9 +119,10 @@ class Engine:
         priority: int = 0,
         cache_salt: str = "",
         prompt_text: str | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        """Checks a request and puts it into the inbox: to be completed, or with PoolingParams to be embedded. RequestError,
-        and nothing is kept, if it can never be served."""
+        """Checks a request and puts it into the inbox: to be completed, or with PoolingParams to be embedded. adapter: a LoRA
+        adapter to compute it with. RequestError, and nothing is kept, if it can never be served."""
         if request_id in self._reserved:
             raise RequestError(f"request id {request_id!r} is in use; ids must be unique among live requests.", "id")
         more = {"priority": priority, "cache_salt": cache_salt, "prompt_text": prompt_text}
@@ -132,7 +134,7 @@ class Engine:
                                              self.max_logprobs, **more)  # fmt: skip
         self._num_submitted += 1
         sampling = self._with_seed(request.params, self._num_submitted)
-        request = replace(request, arrival=self._num_submitted, params=sampling)
+        request = replace(request, arrival=self._num_submitted, params=sampling, adapter=adapter)
         scheduler.check_fits(self.limits, request)
         self._reserved.add(request_id)
         self._inbox.append(("add", (request, time.monotonic())))

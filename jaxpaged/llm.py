@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from jaxpaged import beam
+from jaxpaged.adapter import Adapter, LoRARequest
 from jaxpaged.build import build_engine
 from jaxpaged.config import EngineConfig, without_nothing_asked
 from jaxpaged.engine import Engine
@@ -27,6 +28,9 @@ from jaxpaged.request import (
 )
 from jaxpaged.scoring import ScoringRequestOutput, parse_pairs, score
 from jaxpaged.tokenizer import Tokenizer
+
+LoRA = LoRARequest | str | None | Sequence[LoRARequest | str | None]
+"""An adapter or its name, for all prompts or one a prompt."""
 
 
 class Metric(NamedTuple):
@@ -67,20 +71,20 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
-        lora_request: None = None,
+        lora_request: LoRA = None,
     ) -> list[RequestOutput]:
         """Completes one prompt or a list: strings, lists of token ids, or {"prompt" | "prompt_token_ids", "cache_salt"}.
 
-        sampling_params: one for all, or one a prompt; None: `get_default_sampling_params()`. Outputs are in the order of
-        the prompts. RequestError if any of them cannot be served: then none is run. A request that fails while it runs
-        ends with finish_reason "error" and `.error` says why; the others go on.
+        sampling_params: one for all, or one a prompt; None: `get_default_sampling_params()`. lora_request: an adapter for all,
+        or one a prompt (None: none): a LoRARequest, read when its name is first used, or the name of one that is loaded.
+        Outputs are in the order of the prompts. RequestError if any of them cannot be served: then none is run. A request that
+        fails while it runs ends with finish_reason "error" and `.error` says why; the others go on.
         """
-        _refuse_lora(lora_request)
         parsed = parse_prompts(prompts)
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         each = _one_each("sampling_params", SamplingParams, params, len(parsed))
         each = [p.clone(output_kind=RequestOutputKind.FINAL_ONLY) for p in each]
-        return self._run(parsed, each, _priorities(priority, len(parsed)), use_tqdm)
+        return self._run(parsed, each, _priorities(priority, len(parsed)), use_tqdm, lora_request)
 
     def embed(
         self,
@@ -89,15 +93,14 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
-        lora_request: None = None,
+        lora_request: LoRA = None,
     ) -> list[EmbeddingRequestOutput]:
         """One vector a prompt: `output.outputs.embedding`. Prompts and errors are those of `generate`; a prompt may have all
         max_model_len tokens. pooling_params: one for all, or one a prompt; None: the last token's hidden state, length 1."""
-        _refuse_lora(lora_request)
         parsed = parse_prompts(prompts)
         params = PoolingParams() if pooling_params is None else pooling_params
         each = _one_each("pooling_params", PoolingParams, params, len(parsed))
-        return self._run(parsed, each, _priorities(priority, len(parsed)), use_tqdm)
+        return self._run(parsed, each, _priorities(priority, len(parsed)), use_tqdm, lora_request)
 
     def score(
         self,
@@ -106,14 +109,13 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         *,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: LoRARequest | str | None = None,
     ) -> list[ScoringRequestOutput]:
         """How alike texts are: `output.outputs.score`, the cosine of their vectors (as of `embed`). data_1: a prompt for all of
         data_2, or as many as data_2 has."""
-        _refuse_lora(lora_request)
         parsed, pairs = parse_pairs(data_1, data_2)
         each = _one_each("pooling_params", PoolingParams, pooling_params or PoolingParams(), len(parsed))
-        vectors = self._run(parsed, each, _priorities(None, len(parsed)), use_tqdm)
+        vectors = self._run(parsed, each, _priorities(None, len(parsed)), use_tqdm, lora_request)
         return [score(vectors[i], vectors[j]) for i, j in pairs]
 
     def chat(
@@ -128,6 +130,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        lora_request: LoRA = None,
     ) -> list[RequestOutput]:
         """Answers one conversation (a list of {"role", "content"}) or a list of conversations, with the model's chat
         template."""
@@ -142,38 +145,43 @@ class LLM:
             text = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
             ids = tokenizer.apply_chat_template(conversation, tokenize=True, **options)
             prompts.append({"prompt": text, "prompt_token_ids": ids})
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, lora_request=lora_request)
 
-    def beam_search(self, prompts: Any, params: BeamSearchParams) -> list[beam.BeamSearchOutput]:
+    def beam_search(
+        self, prompts: Any, params: BeamSearchParams, *, lora_request: LoRARequest | str | None = None
+    ) -> list[beam.BeamSearchOutput]:
         """The `beam_width` most probable continuations of each prompt that beam search finds."""
         if 2 * params.beam_width > self.config.max_logprobs:
             raise RequestError(
                 f"beam_width={params.beam_width} needs {2 * params.beam_width} logprobs a token, max_logprobs is "
                 f"{self.config.max_logprobs}; start the engine with max_logprobs={2 * params.beam_width}.", "beam_width",
             )  # fmt: skip
-        return [self._beam_search(prompt, params) for prompt in parse_prompts(prompts)]
+        return [self._beam_search(prompt, params, lora_request) for prompt in parse_prompts(prompts)]
 
-    def _beam_search(self, prompt: ParsedPrompt, params: BeamSearchParams) -> beam.BeamSearchOutput:
+    def _beam_search(self, prompt: ParsedPrompt, params: BeamSearchParams, lora_request: LoRA) -> beam.BeamSearchOutput:
         tokenizer = self.engine.tokenizer
         ids = prompt.content
         if isinstance(ids, str):
             ids = self.get_tokenizer().encode(ids)
         output = beam.beam_search(
-            lambda prompts, step: self.generate(prompts, step, use_tqdm=False), ids, params, self.engine.eos_ids
-        )
+            lambda prompts, step: self.generate(prompts, step, use_tqdm=False, lora_request=lora_request),
+            ids, params, self.engine.eos_ids,
+        )  # fmt: skip
         if tokenizer is not None:
             texts = [tokenizer.decode(s.tokens, skip_special_tokens=params.skip_special_tokens) for s in output.sequences]
             output.sequences = [replace(s, text=text) for s, text in zip(output.sequences, texts)]
         return output
 
-    def _run(self, prompts: list[ParsedPrompt], params: Sequence[Any], priority: Sequence[int], use_tqdm: bool) -> list[Any]:
+    def _run(self, prompts: list[ParsedPrompt], params: Sequence[Any], priority: Sequence[int], use_tqdm: bool,
+             lora_request: LoRA = None) -> list[Any]:  # fmt: skip
+        loras = self._adapters(lora_request, len(prompts))
         ids = [str(next(self._ids)) for _ in prompts]
         outputs: dict[str, EngineOutput] = {}
         bar = tqdm(total=len(ids), desc="Processed prompts", disable=not use_tqdm)
         start, tokens = time.perf_counter(), 0
         try:
-            for request_id, prompt, p, prio in zip(ids, prompts, params, priority):
-                self.engine.submit(request_id, prompt.content, p, prio, prompt.cache_salt, prompt.text)
+            for request_id, prompt, p, prio, adapter in zip(ids, prompts, params, priority, loras):
+                self.engine.submit(request_id, prompt.content, p, prio, prompt.cache_salt, prompt.text, adapter)
             while self.engine.has_work:
                 for output in self.engine.step():
                     outputs[output.request_id] = output
@@ -192,6 +200,32 @@ class LLM:
             self.engine.abort(request_id)
         while self.engine.has_work:
             self.engine.step()
+
+    # -- LoRA adapters -----------------------------------------------------------------------------------------------
+
+    def add_lora(self, lora_request: LoRARequest, replace: bool = False) -> bool:
+        """Reads an adapter, so that requests may name it. replace: in the place of the one of that name, for requests from now
+        on. True: vLLM's answer for success. RequestError if it does not fit the model, or the name is taken."""
+        self._built.loras.add(lora_request, replace)
+        return True
+
+    def remove_lora(self, lora_name: str) -> bool:
+        """Forgets an adapter; requests that have it go on with it. RequestError if there is none of that name."""
+        self._built.loras.remove(lora_name)
+        return True
+
+    def list_loras(self) -> list[str]:
+        return [adapter.name for adapter in self._built.loras.loaded]
+
+    def _adapters(self, given: LoRA, count: int) -> list[Adapter | None]:
+        each: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given] * count
+        if len(each) != count:
+            raise RequestError(f"{count} prompts but {len(each)} lora_requests; give one, or one a prompt.", "lora_request")
+        for request in each:
+            if request is not None and not isinstance(request, (LoRARequest, str)):
+                raise RequestError(f"lora_request must be a LoRARequest or the name of a loaded adapter, got "
+                                   f"{type(request).__name__}.", "lora_request")  # fmt: skip
+        return [self._built.loras.find(request) for request in each]
 
     # -- around it ---------------------------------------------------------------------------------------------------
 
@@ -254,11 +288,6 @@ class LLM:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-def _refuse_lora(lora_request: Any) -> None:
-    if lora_request is not None:
-        raise RequestError("lora_request is not supported by this version.", "lora_request")
 
 
 def _one_each(name: str, kind: type, given: Any, count: int) -> list[Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +15,12 @@ from jaxpaged.checkpoint import Checkpoint
 from jaxpaged.config import EngineConfig
 from jaxpaged.gguf_file import GGUFCheckpoint
 from jaxpaged.hf_config import HFConfig
+from jaxpaged.models import standard
 from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.quantized import NO_FORMS, Form, Forms, all_products
 from jaxpaged.models.spec import DecoderConfig
-from jaxpaged.models.standard import TIED
+from jaxpaged.models.standard import Name
+from jaxpaged.orbax_checkpoint import OrbaxCheckpoint
 from jaxpaged.request import RequestError
 from jaxpaged.runner import abstract_decoder
 
@@ -50,36 +55,86 @@ def load(config: EngineConfig, family: Any, decoder_config: DecoderConfig, schem
          checkpoint: Checkpoint | None, params: Any, progress: bool) -> Loaded:  # fmt: skip
     """family: the model's door. scheme: how the checkpoint is quantised. params: weights in memory instead of a checkpoint."""
     if params is None and checkpoint is not None and config.load_format != "dummy":
-        return _from_checkpoint(config, family, decoder_config, scheme, checkpoint, progress)
+        p = prepare(config, family, decoder_config, scheme, checkpoint)
+        arrays = weights.load(p.checkpoint, p.leaves, p.names, progress=progress, ignore=p.ignored, forms=p.on_the_fly)
+        return Loaded(arrays, p.forms)
     form = scheme.form if scheme else quantization.ON_THE_FLY.get(config.quantization or "")
+    if params is not None:
+        return _from_memory(config, decoder_config, form, params)
     forms = _everywhere(decoder_config, form)
     _, _, leaves = abstract_decoder(decoder_config, config.dtype)
-    if params is not None:
-        return Loaded(weights.from_tree(params, leaves, forms=forms), forms)
     if config.load_format == "dummy":
         return Loaded(weights.dummy(leaves, config.seed, progress=progress, forms=forms), forms)
     raise RequestError("a model given as a config in memory needs params=..., or load_format='dummy'.", "params")
 
 
-def _from_checkpoint(config: EngineConfig, family: Any, decoder_config: DecoderConfig, scheme: quantization.Scheme | None,
-                     checkpoint: Checkpoint, progress: bool) -> Loaded:  # fmt: skip
-    names, ignored = family.names(decoder_config), tuple(getattr(family, "IGNORED", ()))
-    ignored += TIED if decoder_config.tie else ()
+def _from_memory(config: EngineConfig, decoder_config: DecoderConfig, form: Form | None, params: Any) -> Loaded:
+    """A tree of floats, to be quantised in `form` if there is one; or one with quantised products."""
+    if forms := weights.forms_of(params):
+        _check_quantised(config, forms, "the tree")
+        _, _, leaves = abstract_decoder(decoder_config, config.dtype, forms)
+        return Loaded(weights.from_tree(params, leaves), forms)
+    forms = _everywhere(decoder_config, form)
+    _, _, leaves = abstract_decoder(decoder_config, config.dtype)
+    return Loaded(weights.from_tree(params, leaves, forms=forms), forms)
+
+
+class Prepared(NamedTuple):
+    """What loading takes: the checkpoint to read, `weights.load`'s arguments, and the forms that the products will have.
+    leaves: of the decoder's dtype; on_the_fly: the products that are quantised as they are read."""
+
+    checkpoint: Checkpoint
+    leaves: weights.Leaves
+    names: Sequence[Name]
+    ignored: tuple[str, ...]
+    on_the_fly: Forms
+    forms: Forms
+
+
+def prepare(config: EngineConfig, family: Any, decoder_config: DecoderConfig, scheme: quantization.Scheme | None,
+            checkpoint: Checkpoint) -> Prepared:  # fmt: skip
+    """How a checkpoint of any kind is loaded. config: its dtype and quantization are read."""
+    names, ignored = family.names(decoder_config), standard.ignored(family, decoder_config)
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        return _from_orbax(config, decoder_config, checkpoint)
     if config.quantization == "gguf" and isinstance(checkpoint, GGUFCheckpoint):
         checkpoint, plan = quantization.plan_gguf(checkpoint, names)
-        return _planned(config, decoder_config, checkpoint, plan, ignored, progress)
-    if scheme is None:
+    elif scheme is not None:
+        plan = quantization.plan(checkpoint, scheme, names)
+    else:
         forms = _everywhere(decoder_config, quantization.ON_THE_FLY.get(config.quantization or ""))
         _, _, leaves = abstract_decoder(decoder_config, config.dtype)
-        return Loaded(weights.load(checkpoint, leaves, names, progress=progress, ignore=ignored, forms=forms), forms)
-    return _planned(config, decoder_config, checkpoint, quantization.plan(checkpoint, scheme, names), ignored, progress)
-
-
-def _planned(config: EngineConfig, decoder_config: DecoderConfig, checkpoint: Checkpoint, plan: quantization.Plan,
-             ignored: tuple[str, ...], progress: bool) -> Loaded:  # fmt: skip
+        return Prepared(checkpoint, leaves, names, ignored, forms, forms)
     _, _, leaves = abstract_decoder(decoder_config, config.dtype, plan.forms)
-    ignored += plan.ignored
-    return Loaded(weights.load(checkpoint, leaves, plan.names, progress=progress, ignore=ignored), plan.forms)
+    return Prepared(checkpoint, leaves, plan.names, ignored + plan.ignored, NO_FORMS, plan.forms)
+
+
+def _from_orbax(config: EngineConfig, decoder_config: DecoderConfig, checkpoint: OrbaxCheckpoint) -> Prepared:
+    """Its names are the leaves' paths, and its products are quantised already, if they are."""
+    forms = {path: Form(**fields) for path, fields in checkpoint.forms.items()}
+    if forms:
+        _check_quantised(config, forms, str(checkpoint.folder), checkpoint.about.get("quantization"))
+    _, _, leaves = abstract_decoder(decoder_config, config.dtype, forms)
+    on_the_fly = NO_FORMS if forms else _everywhere(decoder_config, quantization.ON_THE_FLY.get(config.quantization or ""))
+    return Prepared(checkpoint, leaves, as_they_are(leaves), (), on_the_fly, forms or on_the_fly)
+
+
+def as_they_are(leaves: Iterable[str]) -> list[Name]:
+    """Rules for tensors that are called as the leaves are."""
+
+    def pattern(path: str) -> str:
+        number = itertools.count()
+        return re.sub(r"\b\d+\b", lambda m: f"{{n{next(number)}}}", path)
+
+    return [Name(p, p) for p in dict.fromkeys(map(pattern, leaves))]
+
+
+def _check_quantised(config: EngineConfig, forms: Forms, what: str, name: str | None = None) -> None:
+    """RequestError if products that are quantised already should be so in another way."""
+    kinds = {name} if name else {form.kind for form in forms.values()}
+    if config.quantization is not None and config.quantization not in kinds:
+        raise RequestError(f"quantization={config.quantization!r}, but {what} is quantised already "
+                           f"({', '.join(sorted(kinds))}); leave it out, or convert the original.", "quantization")  # fmt: skip
 
 
 def _everywhere(decoder_config: DecoderConfig, form: Form | None) -> Forms:

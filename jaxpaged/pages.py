@@ -133,14 +133,15 @@ def _walk(pool: Pool, tokens: np.ndarray, salt: str, reaches: Sequence[Reach]) -
 
 
 def _longest(found: list[list[int | None]], K: int, reaches: Sequence[Reach]) -> tuple[int, list[int]]:
-    """The longest prefix, in pages, of which each group has all that is seen, and where that begins."""
+    """The longest prefix, in pages, of which each group has all that is seen, and where that begins. Its last page must be
+    there: where a chunk ends nothing before is seen, and that alone says nothing of who has computed it."""
     best, run = (0, [0] * len(reaches)), [0] * len(reaches)
     if all(reach.unlimited for reach in reaches):
         return len(found[0]), best[1]
     for n in range(1, len(found[0]) + 1):
         run = [so_far + 1 if group[n - 1] is not None else 0 for so_far, group in zip(run, found)]
         first = [reach.first_seen(n * K) // K for reach in reaches]
-        if all(have >= n - start for have, start in zip(run, first)):
+        if any(run) and all(have >= n - start for have, start in zip(run, first)):
             best = n, first
     return best
 

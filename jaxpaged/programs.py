@@ -7,6 +7,7 @@ once a bucket of rows and variant; together they would need the product. Between
     score_prompt : (head, hidden [E, T], targets [T])       -> logprobs of the prompt's tokens
     pool    : (hidden [E, T], rows [E, R], row_of_token [T]) -> sums and last hidden states, float32 [2, R, E]
     copy    : (caches*, pairs [N, 2])                       -> caches*          (copy-on-write)
+    load_adapter : (tables*, new, place)                    -> tables*          (LoRA)
 
 `*`: donated. `last_token [S]` is the carry: what each slot sampled last, on the device, so that step n + 1 can be
 dispatched before the host has read step n.
@@ -27,9 +28,11 @@ from jax import Array
 from jaxpaged import packing, sampler
 from jaxpaged.batch import Bucket, Edits, Sampling, Variant
 from jaxpaged.kv_cache import Layout, PagedStep, Pages
+from jaxpaged.models.adapters import NO_ADAPTERS, Slots, Sorted, sort
 from jaxpaged.models.decoder import Decoder, head_logits
 from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.request import MAX_LOGIT_BIAS
+from jaxpaged.residents import NONE
 from pallas_kernels.ops import Ops
 
 
@@ -44,12 +47,14 @@ class Dims:
     max_model_len: int  # N
     vocab_size: int  # V
     max_logprobs: int
+    adapters: Slots = NO_ADAPTERS
 
 
-def forward_layout(bucket: Bucket, dims: Dims) -> packing.Layout:
+def forward_layout(bucket: Bucket, dims: Dims, adapted: bool = False) -> packing.Layout:
+    """adapted: some row has a LoRA adapter."""
     T, R = bucket
     i32 = np.dtype(np.int32)
-    return {
+    layout = {
         "tokens": ((T,), i32),
         "carried": ((T,), np.dtype(np.bool_)),
         "positions": ((T,), i32),
@@ -61,6 +66,7 @@ def forward_layout(bucket: Bucket, dims: Dims) -> packing.Layout:
         "slots": ((R,), i32),
         "counts": ((2,), i32),
     }
+    return layout | ({"adapters": ((R,), i32)} if adapted else {})
 
 
 def sample_layout(num_rows: int, variant: Variant, dims: Dims) -> packing.Layout:
@@ -93,22 +99,28 @@ def sample_layout(num_rows: int, variant: Variant, dims: Dims) -> packing.Layout
     }
 
 
-def make_forward(graph: nnx.GraphDef, treedef: Any, config: DecoderConfig, kv: Layout, ops: Ops, bucket: Bucket, dims: Dims):
+def make_forward(graph: nnx.GraphDef, treedef: Any, config: DecoderConfig, kv: Layout, ops: Ops, bucket: Bucket, dims: Dims,
+                 adapted: bool = False):  # fmt: skip
     """The decoder over one batch. Padding tokens have row R: their keys go to page P, which does not exist (dropped)."""
-    layout = forward_layout(bucket, dims)
+    layout = forward_layout(bucket, dims, adapted)
 
     def forward(leaves: Sequence[Array], caches: Sequence[Array], last_token: Array, packed: Array):
         b = packing.unpack(layout, packed)
         slot = b["slots"].at[b["row_of_token"]].get(mode="fill", fill_value=dims.num_slots)
         carried = last_token.at[slot].get(mode="fill", fill_value=0)
         tokens = jnp.where(b["carried"], carried, b["tokens"])
-        step = PagedStep(config, kv, ops, caches, _groups(b, dims), b["query_start"], b["counts"])
+        adapters = _adapters(b, dims) if adapted else None
+        step = PagedStep(config, kv, ops, caches, _groups(b, dims), b["query_start"], b["counts"], adapters)
         decoder: Decoder = nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
         hidden = decoder.hidden(tokens, b["positions"], step)
         last = jnp.maximum(b["query_start"][1:] - 1, 0)
         return tuple(step.caches), hidden, hidden[:, last]
 
     return forward
+
+
+def _adapters(b: dict[str, Array], dims: Dims) -> Sorted:
+    return sort(b["adapters"].at[b["row_of_token"]].get(mode="fill", fill_value=NONE), dims.adapters.num)
 
 
 def _groups(b: dict[str, Array], dims: Dims) -> list[Pages]:
@@ -163,6 +175,11 @@ def pool(hidden: Array, rows: Array, row_of_token: Array) -> Array:
     zeros = jnp.zeros(rows.T.shape, jnp.float32)
     sums = zeros.at[row_of_token].add(columns, mode="drop", indices_are_sorted=True)
     return jnp.stack([sums, rows.T.astype(jnp.float32)])
+
+
+def load_adapter(tables: Sequence[Array], new: Sequence[Array], place: Array) -> tuple[Array, ...]:
+    """Each table's entry `place` is the new one."""
+    return tuple(table.at[place].set(entry) for table, entry in zip(tables, new))
 
 
 def copy_pages(caches: Sequence[Array], pairs: Array) -> tuple[Array, ...]:

@@ -1,7 +1,7 @@
 """Quantised checkpoints: what `quantization_config` says, as forms of products and rules for their tensors.
 
 Formats: FP8 (per tensor, per row, blocks of 128 x 128: DeepSeek's, fbgemm's), compressed-tensors (int8, fp8, packed int4),
-GPTQ and AWQ (int4 in groups). Everything else is refused by name.
+GPTQ and AWQ (int4 in groups), MXFP4 (gpt-oss's experts). Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -37,16 +37,20 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint keeps its products. The first of `tensors` holds the small numbers."""
+    """How a checkpoint keeps its products. The first of `tensors` holds the small numbers. ending: of the rules for what can
+    be so kept; joint: what comes between a product's name, which is what comes before, and a tensor's suffix."""
 
     form: Form
     tensors: tuple[Tensor, ...]
+    ending: str = ".weight"
+    joint: str = "."
 
 
 def scheme(config: Mapping[str, Any]) -> Scheme:
     """The scheme of a checkpoint's `quantization_config`. ValueError names what is not supported."""
     method = str(config.get("quant_method", "")).replace("_", "-")
-    readers = {"fp8": _fp8, "fbgemm-fp8": _fbgemm, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}
+    readers = {"fp8": _fp8, "fbgemm-fp8": _fbgemm, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed,
+               "mxfp4": _mxfp4}  # fmt: skip
     if method not in readers:
         known = ", ".join(readers)
         raise ValueError(f"quantization_config: quant_method {config.get('quant_method')!r} is not supported; supported: "
@@ -166,6 +170,13 @@ def _packed4(weights: Mapping[str, Any], group: int | None, scales: Tensor) -> S
     return Scheme(Form("int4", group, zeros=True), (numbers, scales, zeros))
 
 
+def _mxfp4(config: Mapping[str, Any]) -> Scheme:
+    """Experts, as blocks [X, out, groups, 16] and scales [X, out, groups]. What modules_to_not_convert lists has none."""
+    bytes_of = lambda rows: _view(lambda x: x.reshape(*x.shape[:2], -1))
+    tensors = Tensor("blocks", "weight", bytes_of), Tensor("scales", "scales")
+    return Scheme(Form("mxfp4", 32), tensors, ending="_blocks", joint="_")
+
+
 # -- rules ------------------------------------------------------------------------------------------------------------------
 
 
@@ -182,14 +193,20 @@ def plan(checkpoint: Checkpoint, given: Scheme, names: Sequence[Name]) -> Plan:
     """A product is quantised if the checkpoint has scales for it, whatever its config lists; the others are floats."""
     forms: dict[str, Form] = {}
     rules: list[Name] = []
-    modules = [(name, name.pattern.removesuffix(".weight")) for name in names if name.path.endswith(".weight")]
+    modules = [
+        (name, name.pattern.removesuffix(given.ending))
+        for name in names
+        if name.path.endswith(".weight") and name.pattern.endswith(given.ending)
+    ]
     suffixes = [t.suffix for t in given.tensors if t.array == "scales"]
     for name, module in modules:
-        found = [m for suffix in suffixes for m in _matches(checkpoint, f"{module}.{suffix}")]
+        found = [m for suffix in suffixes for m in _matches(checkpoint, f"{module}{given.joint}{suffix}")]
         forms |= {name.path.removesuffix(".weight").format(**m.groupdict()): given.form for m in found}
         if found:
-            rules += [_rule(checkpoint, name, module, tensor, given.tensors[0].suffix) for tensor in given.tensors]
-    ignored = tuple(f"{module}.{suffix}" for _, module in modules for suffix in IGNORED)
+            rules += [
+                _rule(checkpoint, name, module + given.joint, tensor, given.tensors[0].suffix) for tensor in given.tensors
+            ]
+    ignored = tuple(f"{module}{given.joint}{suffix}" for _, module in modules for suffix in IGNORED)
     return Plan(forms, (*rules, *names), ignored)
 
 
@@ -218,10 +235,10 @@ def _matches(checkpoint: Checkpoint, pattern: str) -> list[re.Match[str]]:
 
 
 def _rule(checkpoint: Checkpoint, name: Name, module: str, tensor: Tensor, numbers: str) -> Name:
-    """numbers: the suffix of the tensor that holds the small numbers."""
-    rows = checkpoint.shape(_matches(checkpoint, f"{module}.{numbers}")[0].string)[0]
+    """module: its name and the joint. numbers: the suffix of the tensor that holds the small numbers."""
+    rows = checkpoint.shape(_matches(checkpoint, f"{module}{numbers}")[0].string)[0]
     path = f"{name.path.removesuffix('.weight')}.{tensor.array}"
-    return name._replace(pattern=f"{module}.{tensor.suffix}", path=path, view=_chained(tensor.view(rows), name.view))
+    return name._replace(pattern=f"{module}{tensor.suffix}", path=path, view=_chained(tensor.view(rows), name.view))
 
 
 def _chained(first: View | None, then: View | None) -> View | None:

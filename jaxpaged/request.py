@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from jaxpaged.adapter import Adapter, LoRARequest
+
 MAX_NUM_SAMPLES = 16384  # largest `n`, as in vLLM
 MAX_LOGIT_BIAS = 1024  # entries of `logit_bias` a request: the width of the bias table on the device
 MAX_BAD_WORDS = 128
@@ -336,6 +338,7 @@ class Request:
     max_total_tokens: prompt and output together, limited by max_model_len; both filled in by the engine at admission.
     bad_words_ids: params.bad_words as token ids: a word's last token is banned where those before it have been generated.
     pooling: None, or the vector to make instead of sampling: the sequence ends when its prompt has been computed.
+    adapter: the LoRA adapter to compute it with.
     """
 
     id: str
@@ -349,6 +352,12 @@ class Request:
     prompt_text: str | None = None
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     pooling: PoolingParams | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def salt(self) -> str:
+        """Pages are shared with requests of the same salt and the same version of the same adapter only."""
+        return self.cache_salt if self.adapter is None else f"{self.cache_salt}\0{self.adapter.key}"
 
 
 @dataclass(frozen=True)
@@ -402,7 +411,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
-    lora_request: None = None
+    lora_request: LoRARequest | str | None = None
 
 
 @dataclass(frozen=True)

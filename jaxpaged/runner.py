@@ -22,28 +22,39 @@ from flax import nnx
 from jax import Array
 
 from jaxpaged import kv_cache, packing, programs
+from jaxpaged.adapter import Adapter
 from jaxpaged.batch import Batch, Bucket, Sampled, TokenLogprobs, Variant
+from jaxpaged.models.adapters import NO_ADAPTERS, Slots, with_adapters
 from jaxpaged.models.decoder import Decoder, head_leaves
 from jaxpaged.models.quantized import NO_FORMS, Forms, quantize_modules
 from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.programs import Dims
+from jaxpaged.residents import NONE
 from pallas_kernels.ops import Ops
 
 COPIES = 8  # pages that one call of the copy program copies
+TABLE = ".adapters."  # in the path of a leaf that holds LoRA adapters
 
 Progress = Callable[[str, float], None]
 """(what was compiled, seconds it took)."""
 
 
 def abstract_decoder(
-    config: DecoderConfig, dtype: Any, forms: Forms = NO_FORMS
+    config: DecoderConfig, dtype: Any, forms: Forms = NO_FORMS, adapters: Slots = NO_ADAPTERS
 ) -> tuple[nnx.GraphDef, Any, dict[str, jax.ShapeDtypeStruct]]:
     """The model without memory: graph, tree of its leaves, and {dotted path: shape and dtype} in the tree's order.
-    forms: its quantised products."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: quantize_modules(Decoder(config, jnp.dtype(dtype)), forms)))
+    forms: its quantised products. adapters: room for LoRA adapters, whose leaves are those with ".adapters." in their path."""
+    decoder = lambda: quantize_modules(Decoder(config, jnp.dtype(dtype)), forms)
+    graph, state = nnx.split(nnx.eval_shape(lambda: with_adapters(decoder(), adapters, jnp.dtype(dtype))))
     paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
     leaves, treedef = jax.tree.flatten(state)
     return graph, treedef, {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in zip(paths, leaves)}
+
+
+def adapter_bytes(config: DecoderConfig, adapters: Slots, dtype: Any) -> int:
+    """What room for LoRA adapters takes on the device."""
+    _, _, leaves = abstract_decoder(config, dtype, adapters=adapters)
+    return sum(leaf.size * leaf.dtype.itemsize for path, leaf in leaves.items() if TABLE in path)
 
 
 class Handle(NamedTuple):
@@ -91,9 +102,12 @@ class ModelRunner:
     ):
         self.config, self.dims, self.ops, self.device, self.lazy = config, dims, ops, device, lazy
         self.buckets, self.cache_dtype = tuple(buckets), jnp.dtype(cache_dtype)
-        self.kv = kv or kv_cache.layout(config, dims.max_model_len)
-        self._graph, self._treedef, abstract = abstract_decoder(config, leaves["embed.weight"].dtype, forms)
-        self._leaves = tuple(leaves[path] for path in abstract)
+        self.kv = kv or kv_cache.layout(config, dims.max_model_len, dims.page_size)
+        self._graph, self._treedef, abstract = abstract_decoder(config, leaves["embed.weight"].dtype, forms, dims.adapters)
+        self._tables = {path: spec for path, spec in abstract.items() if TABLE in path}
+        empty = kv_cache.create(list(self._tables.values()), device)
+        filled = {**leaves, **dict(zip(self._tables, empty))}
+        self._leaves = {path: filled[path] for path in abstract}
         self._head = tuple(leaves[path] for path in head_leaves(config))
         self._programs: dict[tuple, Any] = {}
         self.num_compilations = 0
@@ -141,7 +155,7 @@ class ModelRunner:
             analysis = program.memory_analysis()
             if analysis is not None:
                 temporaries = max(temporaries, analysis.temp_size_in_bytes)
-        weights = sum(x.nbytes for x in self._leaves)
+        weights = sum(x.nbytes for x in self._leaves.values())
         page = kv_cache.page_bytes(self.config, self.kv, self.dims.page_size, self.cache_dtype)
         return Memory(weights, page * self.dims.num_pages, temporaries)
 
@@ -149,23 +163,24 @@ class ModelRunner:
         return kv_cache.specs(self.config, self.kv, self.dims.num_pages, self.dims.page_size, self.cache_dtype)
 
     def _all_programs(self) -> list[tuple]:
-        keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
+        kinds = (False, True) if self._tables else (False,)
+        keys: list[tuple] = [("forward", bucket, adapted) for bucket in reversed(self.buckets) for adapted in kinds]
         rows = sorted({bucket.num_rows for bucket in self.buckets})
         keys += [("sample", r, variant) for r in rows for variant in Variant]
         keys += [("score", r) for r in rows]
         keys += [("score_prompt", bucket.num_tokens) for bucket in self.buckets]
         keys += [("pool", bucket) for bucket in self.buckets]
-        return [*keys, ("copy",)]
+        return [*keys, ("copy",), *([("load_adapter",)] if self._tables else [])]
 
     def _lower(self, key: tuple) -> Any:
-        d, leaves = self.dims, [_spec(x) for x in self._leaves]
+        d, leaves = self.dims, [_spec(x) for x in self._leaves.values()]
         caches = self._cache_specs()
         head, last, E = tuple(map(_spec, self._head)), _spec(self._last_token), self.config.embed_dim
         act = self._head[0].dtype
         match key:
-            case ("forward", bucket):
-                f = programs.make_forward(self._graph, self._treedef, self.config, self.kv, self.ops, bucket, d)
-                packed = _ints(packing.size(programs.forward_layout(bucket, d)))
+            case ("forward", bucket, adapted):
+                f = programs.make_forward(self._graph, self._treedef, self.config, self.kv, self.ops, bucket, d, adapted)
+                packed = _ints(packing.size(programs.forward_layout(bucket, d, adapted)))
                 return jax.jit(f, donate_argnums=1).lower(tuple(leaves), tuple(caches), last, packed)
             case ("sample", rows, variant):
                 f = programs.make_sample(self.config, self.ops, rows, variant, d)
@@ -182,6 +197,10 @@ class ModelRunner:
                 return jax.jit(programs.pool).lower(hidden, rows, _ints(bucket.num_tokens))
             case ("copy",):
                 return jax.jit(programs.copy_pages, donate_argnums=0).lower(tuple(caches), _ints(COPIES, 2))
+            case ("load_adapter",):
+                tables = tuple(self._tables.values())
+                new = tuple(jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype) for spec in tables)
+                return jax.jit(programs.load_adapter, donate_argnums=0).lower(tables, new, _ints())
         raise AssertionError(key)
 
     def _program(self, *key: Any) -> Any:
@@ -196,10 +215,14 @@ class ModelRunner:
     def dispatch(self, batch: Batch) -> Handle:
         """Enqueues copies, decoder, sampler and what logprobs and vectors are asked for. Returns before any of it has run."""
         bucket = Bucket(len(batch.tokens), len(batch.slots))
+        for place, adapter in batch.loads:
+            self._load_adapter(place, adapter)
         self._copy(batch.copies)
-        packed = self._put(packing.pack(programs.forward_layout(bucket, self.dims), batch._asdict()))
-        forward = self._program("forward", bucket)
-        self._caches, hidden, rows = forward(self._leaves, self._caches, self._last_token, packed)
+        adapted = bool(self._tables) and bool((batch.adapters != NONE).any())
+        packed = self._put(packing.pack(programs.forward_layout(bucket, self.dims, adapted), batch._asdict()))
+        forward = self._program("forward", bucket, adapted)
+        leaves = tuple(self._leaves.values())
+        self._caches, hidden, rows = forward(leaves, self._caches, self._last_token, packed)
         tokens, self._last_token, logits = self._sample(batch, rows)
         logprobs = prompt_logprobs = pooled = None
         if batch.num_logprobs >= 0:
@@ -223,7 +246,7 @@ class ModelRunner:
     def recover(self) -> bool:
         """After a failed step: if its donated arrays are gone or hold an error, new empty ones. True if the cache was
         lost."""
-        arrays = (*self._caches, self._last_token)
+        arrays = (*self._caches, self._last_token, *(self._leaves[path] for path in self._tables))
         if not any(array.is_deleted() for array in arrays):
             try:
                 jax.block_until_ready(arrays)
@@ -231,6 +254,7 @@ class ModelRunner:
             except Exception:  # whatever the device says: these contents cannot be trusted
                 pass
         self._last_token = jax.device_put(jnp.zeros((self.dims.num_slots,), jnp.int32), self.device)
+        self._leaves |= zip(self._tables, kv_cache.create(list(self._tables.values()), self.device))
         self.allocate()
         return True
 
@@ -238,7 +262,7 @@ class ModelRunner:
         """Frees the device memory of cache, carry and programs."""
         for array in (*self._caches, self._last_token):
             array.delete()
-        self._caches, self._leaves, self._programs = (), (), {}
+        self._caches, self._leaves, self._programs = (), {}, {}
 
     def _sample(self, batch: Batch, rows: Array) -> tuple[Array, Array, Array]:
         fields = batch._asdict() | batch.sampling._asdict()
@@ -249,6 +273,17 @@ class ModelRunner:
         num_rows = len(batch.slots)
         packed = self._put(packing.pack(programs.sample_layout(num_rows, batch.variant, self.dims), fields))
         return self._program("sample", num_rows, batch.variant)(self._head, rows, self._last_token, packed)
+
+    def _load_adapter(self, place: int, adapter: Adapter) -> None:
+        """Writes an adapter's tables, and zeros for what it does not touch. Steps in flight have read the old ones before."""
+        new = []
+        for path, spec in self._tables.items():
+            product, _, half = path.rpartition(TABLE)
+            table = adapter.tables.get(product)
+            new.append(self._put(np.zeros(spec.shape[1:], spec.dtype) if table is None else getattr(table, half)))
+        old = tuple(self._leaves[path] for path in self._tables)
+        place_ = self._put(np.asarray(place, np.int32))
+        self._leaves |= zip(self._tables, self._program("load_adapter")(old, tuple(new), place_))
 
     def _copy(self, copies: np.ndarray) -> None:
         for at in range(0, len(copies), COPIES):
@@ -288,8 +323,8 @@ def _to_host(values: Any) -> TokenLogprobs | None:
 
 def _describe(key: tuple) -> str:
     match key:
-        case ("forward", bucket):
-            return f"decoder, {bucket.num_tokens} tokens"
+        case ("forward", bucket, adapted):
+            return f"decoder, {bucket.num_tokens} tokens{', LoRA' if adapted else ''}"
         case ("sample", rows, variant):
             return f"sampler {variant.name.lower()}, {rows} rows"
         case ("score", rows):

@@ -26,22 +26,21 @@ held once and not published beyond; num_computed and num_known <= num_tokens <= 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from jaxpaged import pages, publish
+from jaxpaged import pages, publish, residents, seating
 from jaxpaged import waiting as queue
 from jaxpaged.pages import Pool
 from jaxpaged.request import FinishReason, Request, RequestError
+from jaxpaged.seating import Draft
 from jaxpaged.state import (
     NO_TOKEN,
     NUM_STOPS,
     Limits,
     Outputs,
     Plan,
-    Seats,
     State,
     Stats,
     Waiting,
@@ -51,7 +50,6 @@ from jaxpaged.state import (
     initial,
     spread,
     stats,
-    wish,
 )
 
 __all__ = [
@@ -65,6 +63,8 @@ __all__ = [
 
 def check_fits(limits: Limits, request: Request) -> None:
     """RequestError if the request could not even run alone: it would wait for ever."""
+    if request.adapter is not None and not limits.max_loras:
+        raise RequestError("LoRA adapters are off; start with enable_lora=True (--enable-lora).", "lora_request")
     K, usable = limits.page_size, limits.num_pages - 1
     last = request.pooling is None  # the last token that is sampled needs no place in the cache
     longest = min(limits.tokens_in(usable) + last, limits.max_model_len)
@@ -131,7 +131,11 @@ def _fail_slots(state: State, slots: list[int]) -> tuple[State, list[str]]:
     state = reset_prefix_cache(state)
     for slot in slots:
         state = _end(state, slot)
-    return state, ids
+    return state._replace(residents=residents.forget(state.residents, _adapters_in_use(state))), ids
+
+
+def _adapters_in_use(state: State) -> np.ndarray:
+    return state.seats.adapter[state.seats.active]
 
 
 def _end(state: State, slot: int, trusted: bool = True) -> State:
@@ -153,19 +157,6 @@ def _end(state: State, slot: int, trusted: bool = True) -> State:
 # -- a step ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Draft:
-    """A plan in the making."""
-
-    slots: np.ndarray
-    counts: np.ndarray
-    budget: int
-    preempted: list[str]
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    borrowed: list[int] = field(default_factory=list)  # held until the end: a copy's source must not be given away
-    admitted: list[tuple[str, int]] = field(default_factory=list)
-
-
 def schedule(state: State) -> tuple[State, Plan]:
     """Decides the next step. May be called again before the last plan is committed."""
     preempted, groups = [], len(state.limits.reaches)
@@ -177,7 +168,7 @@ def schedule(state: State) -> tuple[State, Plan]:
             break
         state, request_id = _preempt_newest(state)
         preempted.append(request_id)
-    draft = _Draft(slots, counts, budget, preempted)
+    draft = Draft(slots, counts, budget, preempted)
     state = _copy_pages(state, slots[copying], draft)
     state = _advance(state, slots, counts, need)
     if not preempted:
@@ -237,7 +228,7 @@ def _wants(state: State, slots: np.ndarray, counts: np.ndarray) -> tuple[np.ndar
     return shared, (start + counts + (K - 1)) // K - s.num_pages[slots]
 
 
-def _copy_pages(state: State, slots: np.ndarray, draft: _Draft) -> State:
+def _copy_pages(state: State, slots: np.ndarray, draft: Draft) -> State:
     """Copy-on-write: a page of its own for the next token of each slot. They are known to be there."""
     if not len(slots):
         return state
@@ -285,17 +276,19 @@ def _preempt_newest(state: State) -> tuple[State, str]:
 # -- admission ------------------------------------------------------------------------------------------------------------
 
 
-def _admit(state: State, draft: _Draft) -> State:
+def _admit(state: State, draft: Draft) -> State:
     free = np.flatnonzero(~state.seats.active).tolist()
     added: list[tuple[int, int]] = []
     while free and draft.budget > 0:
         state, waiting = queue.peek(state)
         if waiting is None:
             break
-        found = _match(state, waiting)
-        if not _has_room(state, waiting, found):
+        place = residents.place(state.residents, _adapters_in_use(state), waiting.request.adapter)
+        found = seating.match(state, waiting)
+        if place is None or not seating.has_room(state, waiting, found):
             break
-        state, count = _seat(queue.pop(state, waiting), free[0], waiting, found, draft)
+        state = seating.lodge(state, free[0], place, waiting.request, draft)
+        state, count = seating.seat(queue.pop(state, waiting), free[0], waiting, found, draft)
         added.append((free.pop(0), count))
     if added:
         draft.slots = np.concatenate([draft.slots, [slot for slot, _ in added]]).astype(np.int64)
@@ -303,70 +296,7 @@ def _admit(state: State, draft: _Draft) -> State:
     return state
 
 
-def _match(state: State, waiting: Waiting) -> pages.Match:
-    if not state.limits.enable_prefix_caching or waiting.request.params.skip_reading_prefix_cache:
-        return pages.Match([], tuple([] for _ in state.limits.reaches))
-    return pages.match(state.pool, waiting.tokens, waiting.request.cache_salt, state.limits.reaches)
-
-
-def _has_room(state: State, waiting: Waiting, found: pages.Match) -> bool:
-    """All pages of the known tokens, counting those that sharing would take out of the free ones."""
-    refs, limits = state.pool.refs.read(), state.limits
-    shared = _shared(found)
-    revived = sum(1 for page in shared if refs[page] == 0)
-    rest = -(-len(waiting.tokens) // limits.page_size) - len(found.keys)
-    own = sum(min(rest, most - len(group)) for most, group in zip(limits.columns, found.pages))
-    return own + revived <= state.pool.num_free
-
-
-def _shared(found: pages.Match) -> list[int]:
-    return [*(page for group in found.pages for page in group), *([found.tail] if found.tail >= 0 else [])]
-
-
-def _seat(state: State, slot: int, waiting: Waiting, found: pages.Match, draft: _Draft) -> tuple[State, int]:
-    """Gives a request a slot, its pages, and its first chunk. Returns how many tokens that has."""
-    limits, tokens, groups = state.limits, waiting.tokens, len(state.limits.reaches)
-    cached = len(found.keys) * limits.page_size + found.tail_tokens
-    count = min(len(tokens) - cached, draft.budget, limits.long_prefill_token_threshold or len(tokens))
-    own = -(-(cached + count) // limits.page_size) - len(found.keys)
-    pool = pages.hold(state.pool, _shared(found))
-    pool, fresh = pages.take(pool, own * groups)
-    if found.tail >= 0:  # a tail is shared by copying it: its sharer writes into it at once
-        draft.copies.append((found.tail, int(fresh[0])))
-        draft.borrowed.append(found.tail)
-    draft.budget -= count
-    draft.admitted.append((waiting.request.id, cached))
-    state = state._replace(pool=pool, prefix_queries=state.prefix_queries + len(tokens), prefix_hits=state.prefix_hits + cached)
-    state = _sit_down(state, slot, waiting, cached + count, found, fresh.reshape(groups, own))
-    return publish.full_pages(state, np.array([slot])), count
-
-
-def _sit_down(state: State, slot: int, waiting: Waiting, num_computed: int, found: pages.Match, fresh: np.ndarray) -> State:
-    """fresh: its own pages, [groups, n]."""
-    request, tokens, full = waiting.request, waiting.tokens, len(found.keys)
-    held = [[*shared, *own] for shared, own in zip(found.pages, fresh.tolist())]
-    dropped = [full - len(shared) for shared in found.pages]
-    columns = [g * state.limits.max_pages_per_seq + first + np.arange(len(held[g])) for g, first in enumerate(dropped)]
-    seats = Seats(*(array.copy() for array in state.seats))
-    seats.active[slot] = True
-    seats.num_prompt[slot], seats.num_tokens[slot], seats.num_known[slot] = len(request.prompt), len(tokens), len(tokens)
-    seats.num_computed[slot], seats.num_pages[slot], seats.num_published[slot] = num_computed, full + fresh.shape[1], full
-    seats.dropped[slot] = dropped
-    seats.max_total[slot] = request.max_total_tokens
-    seats.priority[slot], seats.arrival[slot], _ = queue.key_of(state.limits, request)
-    seats.lagging[slot] = any(len(word) > 1 for word in request.bad_words_ids)
-    seats.pooling[slot] = request.pooling is not None
-    seats.stops[slot] = (sorted(request.stop_ids) + [NO_TOKEN] * NUM_STOPS)[:NUM_STOPS]
-    parent = found.keys[-1] if found.keys else pages.root(request.cache_salt)
-    return state._replace(
-        seats=seats, page_table=state.page_table.set((slot, np.concatenate(columns)), np.concatenate(held)),
-        tokens=state.tokens.set((slot, slice(0, len(tokens))), tokens), requests=state.requests.set(slot, request),
-        parents=state.parents.set(slot, parent), slot_of=state.slot_of.set(request.id, slot),
-        wishes=state.wishes.set(slot, wish(request.params, state.limits.vocab_size)),
-    )  # fmt: skip
-
-
-def _finish_plan(state: State, draft: _Draft) -> tuple[State, Plan]:
+def _finish_plan(state: State, draft: Draft) -> tuple[State, Plan]:
     """Batch order, and the tokens that the step will sample."""
     slots, counts = draft.slots, draft.counts
     num_decode = int(np.count_nonzero(counts == 1))
@@ -380,7 +310,7 @@ def _finish_plan(state: State, draft: _Draft) -> tuple[State, Plan]:
     plan = Plan(
         slots, seats.generation[slots], (seats.num_computed[slots] - counts).astype(np.int32), counts,
         samples, pools, num_decode, np.asarray(draft.copies, np.int32).reshape(-1, 2),
-        tuple(requests[slots].tolist()), tuple(draft.admitted), tuple(draft.preempted),
+        tuple(requests[slots].tolist()), tuple(draft.admitted), tuple(draft.preempted), tuple(draft.loads),
     )  # fmt: skip
     seats = copied(seats, "num_tokens")
     seats.num_tokens[slots[samples]] += 1

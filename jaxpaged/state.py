@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpaged import pages
+from jaxpaged import pages, residents
+from jaxpaged.adapter import Adapter
 from jaxpaged.pages import NULL_PAGE, Pool
 from jaxpaged.reach import EVERYTHING, Reach
 from jaxpaged.request import FinishReason, Request, SamplingParams
+from jaxpaged.residents import Residents
 from jaxpaged.versioned import Array, Map
 
 NUM_STOPS = 8  # stop ids of a sequence that are compared for all slots at once; sequences with more are looked at singly
@@ -44,7 +46,8 @@ NEVER, ALWAYS = np.iinfo(np.int32).min, np.iinfo(np.int32).max  # of edits_until
 
 @dataclass(frozen=True)
 class Limits:
-    """The fixed sizes of a scheduler. num_pages counts the null page. reaches: of the groups of layers (see `reach`)."""
+    """The fixed sizes of a scheduler. num_pages counts the null page. reaches: of the groups of layers (see `reach`).
+    max_loras: adapters that are on the device at once."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -56,6 +59,7 @@ class Limits:
     enable_prefix_caching: bool = True
     long_prefill_token_threshold: int = 0
     reaches: tuple[Reach, ...] = EVERYTHING
+    max_loras: int = 0
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -104,6 +108,7 @@ class Seats(NamedTuple):
     arrival: np.ndarray  # int64
     lagging: np.ndarray  # bool: must not run ahead of what the host knows (bad words of several tokens)
     pooling: np.ndarray  # bool: samples nothing, and ends when its tokens are computed
+    adapter: np.ndarray  # int32: the place of its LoRA adapter
     stops: np.ndarray  # int32 [S, NUM_STOPS], padded with NO_TOKEN
 
 
@@ -124,6 +129,7 @@ class State(NamedTuple):
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    residents: Residents = ()
 
 
 class Plan(NamedTuple):
@@ -140,6 +146,7 @@ class Plan(NamedTuple):
     requests: tuple[Request, ...]
     admitted: tuple[tuple[str, int], ...]  # (id, tokens found in the cache)
     preempted: tuple[str, ...]
+    loads: tuple[tuple[int, Adapter], ...] = ()  # adapters that must be put to a place before the step
 
 
 class Outputs(NamedTuple):
@@ -174,13 +181,14 @@ def initial(limits: Limits) -> State:
     groups = len(limits.reaches)
     seats = Seats(np.zeros(S, bool), np.zeros(S, np.int64), ints(), ints(), ints(), ints(), ints(), ints(),
                   np.zeros((S, groups), np.int32), ints(), np.zeros(S, np.int64), np.zeros(S, np.int64),
-                  np.zeros(S, bool), np.zeros(S, bool),
+                  np.zeros(S, bool), np.zeros(S, bool), np.full(S, residents.NONE, np.int32),
                   np.full((S, NUM_STOPS), NO_TOKEN, np.int32))  # fmt: skip
     nobody = np.full(S + 1, np.array(wish(SamplingParams(temperature=0), limits.vocab_size), WISH))
     return State(limits, pages.create(limits.num_pages, limits.page_size), seats, Array(np.full(S, None, object)),
                  Array(np.full(S, None, object)), Array(np.zeros((S, M * K), np.int32)),
                  Array(np.zeros((S, groups * M), np.int32)),
-                 Array(nobody), Map(), Map())  # fmt: skip
+                 Array(nobody), Map(), Map(),
+                 residents=(residents.Resident(),) * limits.max_loras)  # fmt: skip
 
 
 def wish(p: SamplingParams, vocab_size: int) -> tuple:
@@ -236,7 +244,10 @@ def check(state: State) -> None:
         assert s.num_pages[slot] == -(-s.num_computed[slot] // K), f"slot {slot}: pages {_row(s, slot)}"
         for reach, first in zip(state.limits.reaches, s.dropped[slot].tolist()):
             assert first * K <= reach.first_seen(s.num_computed[slot]), f"slot {slot}: pages that are seen were given back"
-        assert state.slot_of[state.requests.read()[slot].id] == slot
+        request: Any = state.requests.read()[slot]
+        assert state.slot_of[request.id] == slot
+        there = state.residents[s.adapter[slot]].key if s.adapter[slot] >= 0 else None
+        assert there == (request.adapter and request.adapter.key), f"slot {slot}: {there} is where its adapter was"
     wrong = np.flatnonzero(holders != refs)
     assert not len(wrong), f"pages {wrong.tolist()} have {refs[wrong]} references, {holders[wrong]} holders"
     assert pool.num_held == int((refs > 0).sum()), f"{pool.num_held} pages counted as held, {(refs > 0).sum()} are"

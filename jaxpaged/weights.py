@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import ml_dtypes
@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpaged.checkpoint import Checkpoint
-from jaxpaged.models.quantized import NO_FORMS, Forms, quantize
+from jaxpaged.models.quantized import NO_FORMS, Form, Forms, quantize
 from jaxpaged.models.standard import Name, View
 
 __all__ = ["Leaves", "Name", "Put", "dummy", "from_tree", "load"]
@@ -71,9 +71,51 @@ def load(
     arrays = {}
     with _bar("Loading weights", leaves, progress) as done:
         for path, leaf in leaves.items():
-            arrays |= _placed(path, _filled(checkpoint, path, leaf, sources[path]), leaf, put, forms)
+            if put is None and (whole := _whole(sources[path])) and _is_sharded(leaf) and isinstance(checkpoint, Sliced):
+                arrays[path] = _sharded(checkpoint, whole, path, leaf)
+            else:
+                arrays |= _placed(path, filled(checkpoint, path, leaf, sources[path]), leaf, put, forms)
             done(leaf)
     return arrays
+
+
+@runtime_checkable
+class Sliced(Protocol):
+    """A checkpoint that can read a part of a tensor."""
+
+    def read_slice_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None: ...
+
+
+def _whole(sources: Sources) -> str | None:
+    """The tensor that is the leaf, as it is, if there is one."""
+    (part, (tensor, view)), *others = sources.items()
+    return tensor if part == Part(-1, 0) and view is None and not others else None
+
+
+def _is_sharded(leaf: jax.ShapeDtypeStruct) -> bool:
+    return leaf.sharding is not None and len(leaf.sharding.device_set) > 1
+
+
+def _sharded(checkpoint: Sliced, tensor: str, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Reads each different shard once, straight into the memory it is placed from; one is in flight at a time."""
+    assert leaf.sharding is not None
+    devices: dict[tuple, list[jax.Device]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        ranges = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape))
+        devices.setdefault(ranges, []).append(device)
+    shards = []
+    for ranges, group in devices.items():
+        out = _empty(tuple(stop - start for start, stop in ranges), leaf.dtype)
+        with _no_overflow(path, leaf):
+            checkpoint.read_slice_into(tensor, tuple(slice(*r) for r in ranges), out)
+        shards += [jax.block_until_ready(jax.device_put(out, device)) for device in group]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def form_of(path: str, forms: Forms) -> Form | None:
+    """How a leaf is to be quantised: the weight of a product that `forms` names."""
+    product, _, kind = path.rpartition(".")
+    return forms.get(product) if kind == "weight" else None
 
 
 def plan(checkpoint: Checkpoint, leaves: Leaves, names: Sequence[Name], ignore: Iterable[str] = ()) -> dict[str, Sources]:
@@ -114,7 +156,9 @@ def _claim(name: Name, numbers: dict[str, str]) -> tuple[str, Part, View | None]
 
 @functools.cache
 def regex_of(pattern: str) -> re.Pattern[str]:
-    """`{i}` stands for a number, the same wherever it appears."""
+    """`{i}` stands for a number, the same wherever it appears; `**` at the end for anything."""
+    if pattern.endswith("**"):
+        return re.compile(regex_of(pattern.removesuffix("**")).pattern + ".*", re.DOTALL)
     parts, seen = re.split(r"\{(\w+)\}", pattern), set()
     for k in range(1, len(parts), 2):
         name = parts[k]
@@ -160,10 +204,10 @@ def _indexed(name: Name) -> bool:
 
 def _check_parts(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, sources: Sources, problems: _Problems) -> None:
     try:
-        viewed = {part: _viewed(checkpoint, t, view) for part, (t, view) in sources.items()}
+        seen = {part: viewed(checkpoint, t, view) for part, (t, view) in sources.items()}
     except (ValueError, IndexError, TypeError):  # a view that such a tensor cannot have
-        viewed = {}
-    shapes = {part: shape for part, (shape, _) in viewed.items()}
+        seen = {}
+    shapes = {part: shape for part, (shape, _) in seen.items()}
     rest = tuple(leaf.shape)[(next(iter(sources)).index >= 0) :]
     rows: dict[int, int] = {}
     for part, shape in shapes.items():
@@ -172,12 +216,17 @@ def _check_parts(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, 
     if not fits or (rest and set(rows.values()) != {rest[0]}) or max(part.index for part in sources) >= leaf.shape[0]:
         found = " + ".join(f"{t} {list(checkpoint.shape(t))}" for _, (t, _) in sorted(sources.items())[:SHOWN])
         problems.misshapen.append(f"{found}, expected {list(leaf.shape)} for {path}")
-    for part, (_, dtype) in viewed.items():
-        if dtype != leaf.dtype and (dtype not in SOURCE_DTYPES or np.dtype(leaf.dtype) not in SOURCE_DTYPES):
+    for part, (_, dtype) in seen.items():
+        if not _can_become(dtype, leaf):
             problems.quantised.append(f"{sources[part][0]} ({dtype})")
 
 
-def _viewed(checkpoint: Checkpoint, tensor: str, view: View | None) -> tuple[tuple[int, ...], np.dtype]:
+def _can_become(dtype: np.dtype, leaf: jax.ShapeDtypeStruct) -> bool:
+    """Floats become other floats; everything else stays what it is."""
+    return dtype == leaf.dtype or (dtype in SOURCE_DTYPES and np.dtype(leaf.dtype) in SOURCE_DTYPES)
+
+
+def viewed(checkpoint: Checkpoint, tensor: str, view: View | None) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype, without reading it: of the view of an array that is one number, however often."""
     shape, dtype = tuple(checkpoint.shape(tensor)), np.dtype(checkpoint.dtype(tensor))
     if view is None:
@@ -217,13 +266,13 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + len(raw) - ALIGNMENT].view(dtype).reshape(shape)
 
 
-def _filled(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, sources: Sources) -> np.ndarray:
+def filled(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, sources: Sources) -> np.ndarray:
     """One leaf on the host, in its own dtype."""
     out, at = _empty(leaf.shape, leaf.dtype), dict.fromkeys((part.index for part in sources), 0)
     with _no_overflow(path, leaf):
         for part, (tensor, view) in sorted(sources.items()):
             place = out if part.index < 0 else out[part.index]
-            rows = _viewed(checkpoint, tensor, view)[0][0] if place.ndim else 0
+            rows = viewed(checkpoint, tensor, view)[0][0] if place.ndim else 0
             target = place[at[part.index] : at[part.index] + rows] if place.ndim else place
             if view is None:
                 checkpoint.read_into(tensor, target)
@@ -244,10 +293,11 @@ def _no_overflow(path: str, leaf: jax.ShapeDtypeStruct) -> Iterator[None]:
 
 def _placed(path: str, array: np.ndarray, leaf: jax.ShapeDtypeStruct, put: Put | None, forms: Forms) -> dict[str, jax.Array]:
     """A leaf on the device, or the several that it becomes if it is to be quantised."""
-    product, _, kind = path.rpartition(".")
-    if kind != "weight" or product not in forms:
+    form = form_of(path, forms)
+    if form is None:
         return {path: _place(array, leaf, put)}
-    return {f"{product}.{name}": _place(part, leaf, put) for name, part in quantize(array, forms[product]).items()}
+    product = path.removesuffix(".weight")
+    return {f"{product}.{name}": _place(part, leaf, put) for name, part in quantize(array, form).items()}
 
 
 def _place(array: Any, leaf: jax.ShapeDtypeStruct, put: Put | None) -> jax.Array:
@@ -298,7 +348,8 @@ def from_tree(tree: Any, leaves: Leaves, put: Put | None = None, forms: Forms = 
     """The leaves, taken from memory: nested dicts and lists, a dict of dotted paths, an nnx.State or an nnx.Module.
 
     Arrays that are on the device already in the right dtype are not copied (do not donate them afterwards); numpy
-    arrays always are. Raises one ValueError with every missing, extra, misshapen or non-float array.
+    arrays always are. Quantised products come as they are kept (weight, scales and perhaps zeros: `forms_of`).
+    Raises one ValueError with every missing, extra, misshapen array, or one of a dtype that cannot become the leaf's.
     """
     given = dict(_flat(tree))
     problems = _Problems("The tree")
@@ -308,7 +359,7 @@ def from_tree(tree: Any, leaves: Leaves, put: Put | None = None, forms: Forms = 
         array, leaf = given[path], leaves[path]
         if tuple(array.shape) != tuple(leaf.shape):
             problems.misshapen.append(f"{path} {list(array.shape)}, expected {list(leaf.shape)}")
-        if np.dtype(array.dtype) not in SOURCE_DTYPES:
+        if not _can_become(np.dtype(array.dtype), leaf):
             problems.quantised.append(f"{path} ({array.dtype})")
     problems.finish()
     if not forms:
@@ -317,6 +368,27 @@ def from_tree(tree: Any, leaves: Leaves, put: Put | None = None, forms: Forms = 
     for path, leaf in leaves.items():
         arrays |= _placed(path, np.asarray(_own(given[path], path, leaf)), leaf, put, forms)
     return arrays
+
+
+def forms_of(tree: Any) -> Forms:
+    """The products of a tree that are quantised: those with scales beside their weight, by their dtypes and shapes."""
+    given, forms = dict(_flat(tree)), {}
+    kinds = {(form.dtype, _is_float(form.shapes((1, 2))["scales"][1])): form
+             for form in map(Form, ("int8", "fp8", "int4", "mxfp4"))}  # fmt: skip
+    for path, scales in given.items():
+        product = path.removesuffix(".scales")
+        weight = given.get(f"{product}.weight")
+        if product == path or weight is None:
+            continue
+        form = kinds.get((np.dtype(weight.dtype), _is_float(scales.dtype)))
+        if form is not None:
+            n_in, groups = weight.shape[-1] * form.per_byte, scales.shape[-1]
+            forms[product] = Form(form.kind, n_in // groups if groups > 1 else None, f"{product}.zeros" in given)
+    return forms
+
+
+def _is_float(dtype: Any) -> bool:
+    return np.dtype(dtype) in SOURCE_DTYPES
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

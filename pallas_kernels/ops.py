@@ -136,6 +136,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     soft_cap: float | None = None,
     sinks: Array | None = None,
     alibi: Array | None = None,
@@ -153,6 +154,7 @@ def paged_attention(
                                                             s[t] = s[t] + alibi[h] * (t - x)          if alibi
         out  = sum_t exp(s[t]) v[t, g] / Z                  Z = sum_t exp(s[t]) (+ exp(sinks[h])      if sinks)
         over t <= x                                         (and t > x - window                       if window)
+                                                            (and t >= x // chunk * chunk              if chunk)
         lse  = log Z
 
     Args:
@@ -162,21 +164,21 @@ def paged_attention(
       kv_lens: int32 [R], the queries' own tokens included (their keys are already in the pages); 0 for unused rows.
       query_start: int32 [R + 1].
       counts: int32 [2]: (rows that are decodes, rows in use). Rows from the first to counts[0] have one query each.
-      scale, window, soft_cap: static. sinks, alibi: [H] or None.
+      scale, window, chunk, soft_cap: static. sinks, alibi: [H] or None.
       k_scales, v_scales: float32 [P, K, G]: a quantised key or value is `pages[p, i, g] * scales[p, i, g]`.
       implementation: a backend's name, "auto", or what `backend` gave.
     Returns: out [T, H, D] in q's dtype and lse float32 [T, H]. Tokens of no row hold finite values of no meaning. Places past
-    kv_lens, pages that no row has, and a row's pages that lie wholly before the window of its first query may hold anything,
-    also NaN, and change nothing. What a row gets does not depend on the other rows, bit by bit, as long as the shapes of the
-    arrays are the same.
+    kv_lens, pages that no row has, and a row's pages that lie wholly before what its first query sees may hold anything, also
+    NaN, and change nothing. What a row gets does not depend on the other rows, bit by bit, as long as the shapes of the arrays
+    are the same.
     Source: Kwon et al. 2023 (PagedAttention); online softmax of Milakov & Gimelshein 2018; sinks as in gpt-oss; Press et
     al. 2022 (ALiBi).
     """
-    checks.check_attention(q, k_pages, v_pages, page_table, kv_lens, query_start, counts, window, soft_cap, sinks, alibi,
-                           k_scales, v_scales)  # fmt: skip
+    checks.check_attention(q, k_pages, v_pages, page_table, kv_lens, query_start, counts, window, chunk, soft_cap, sinks,
+                           alibi, k_scales, v_scales)  # fmt: skip
     return _operations(implementation).paged_attention(
-        q, k_pages, v_pages, page_table, kv_lens, query_start, counts, scale=scale, window=window, soft_cap=soft_cap,
-        sinks=sinks, alibi=alibi, k_scales=k_scales, v_scales=v_scales,
+        q, k_pages, v_pages, page_table, kv_lens, query_start, counts, scale=scale, window=window, chunk=chunk,
+        soft_cap=soft_cap, sinks=sinks, alibi=alibi, k_scales=k_scales, v_scales=v_scales,
     )  # fmt: skip
 
 

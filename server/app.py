@@ -53,6 +53,8 @@ ENDPOINTS: list[tuple[str, str, Endpoint]] = [
     ("GET", "/openapi.json", openapi.document),
     ("POST", "/reset_prefix_cache", operations.reset_prefix_cache),
     ("POST", "/abort_requests", operations.abort_requests),
+    ("POST", "/v1/load_lora_adapter", operations.load_lora_adapter),
+    ("POST", "/v1/unload_lora_adapter", operations.unload_lora_adapter),
 ]
 
 

@@ -94,7 +94,7 @@ def _sampling(body: CountTokensRequest) -> dict[str, Any]:
         raise RequestError(f"max_tokens must be at least 1, got {body.max_tokens}.", "max_tokens")
     if not all(body.stop_sequences):
         raise RequestError("stop_sequences must be non-empty strings.", "stop_sequences")
-    same = ("max_tokens", "temperature", "top_p", "top_k", "stream", "cache_salt")
+    same = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream", "cache_salt")
     return {"stop": body.stop_sequences, **{name: getattr(body, name) for name in same}}
 
 

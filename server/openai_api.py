@@ -29,15 +29,19 @@ PROMPT_END = 200  # characters of the prompt that a reasoning parser looks at
 
 async def models(service: Service, request: Request) -> Response:
     """GET /v1/models, and /v1/models/{name}."""
-    cards = [_card(service, name) for name in service.names]
+    own = service.names[0]
+    cards = [_card(service, name, own, None) for name in service.names]
+    cards += [_card(service, adapter.name, adapter.source, own) for adapter in service.loras.loaded]
     if "name" not in request.path_params:
         return json_reply({"object": "list", "data": cards})
-    return json_reply(cards[service.names.index(service.model(request.path_params["name"]))])
+    asked = service.model(request.path_params["name"])
+    return json_reply(next(card for card in cards if card["id"] == asked))
 
 
-def _card(service: Service, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": service.created, "owned_by": "jaxpaged", "root": service.names[0],
-            "parent": None, "max_model_len": service.max_model_len, "permission": []}  # fmt: skip
+def _card(service: Service, name: str, root: str, parent: str | None) -> dict[str, Any]:
+    """parent: of a LoRA adapter, the model it changes."""
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "jaxpaged", "root": root,
+            "parent": parent, "max_model_len": service.max_model_len, "permission": []}  # fmt: skip
 
 
 # -- completions -----------------------------------------------------------------------------------------------------------
@@ -50,7 +54,8 @@ async def completions(service: Service, request: Request) -> Response:
     asked = asked_by(request, body.request_id, "cmpl")
     params = completion_params(body, service.defaults)
     prompts = [await prompt_ids(service, body, one) for one in split_prompts(body.prompt, service.options.max_num_prompts)]
-    submits = [partial(service.submit, asked, ids, params, text=text, priority=body.priority, cache_salt=body.cache_salt)
+    submits = [partial(service.submit, asked, ids, params, text=text, priority=body.priority, cache_salt=body.cache_salt,
+                       model=model)
                for text, ids in prompts]  # fmt: skip
     usage = Usage(service.options.enable_prompt_tokens_details, prompt_only=body.echo and body.max_tokens == 0)
     answer = Completions(asked.request_id, model, body, _names(service, body), usage)
@@ -95,7 +100,9 @@ async def start_chat(service: Service, body: ChatRequest, asked: Any, clamp: boo
     ids = truncated(prompt.ids, body.truncate_prompt_tokens, body.truncation_side, service.max_model_len)
     if clamp and len(ids) + (params.max_tokens or 0) > service.max_model_len:
         params = params.clone(max_tokens=None)
-    return service.submit(asked, ids, params, text=prompt.text, priority=body.priority, cache_salt=body.cache_salt), prompt
+    stream = service.submit(asked, ids, params, text=prompt.text, priority=body.priority, cache_salt=body.cache_salt,
+                            model=body.model)  # fmt: skip
+    return stream, prompt
 
 
 def shows_special(service: Service, body: ChatRequest, prompt: Prompt) -> bool:
@@ -132,7 +139,8 @@ async def embeddings(service: Service, request: Request) -> Response:
     for index, one in enumerate(split_inputs(body)):
         ids = await service.encode(one, body.add_special_tokens) if isinstance(one, str) else one
         ids = fitted(ids, body, index, service.max_model_len)
-        submits.append(partial(service.submit, asked, ids, params, priority=body.priority, cache_salt=body.cache_salt))
+        submits.append(partial(service.submit, asked, ids, params, priority=body.priority, cache_salt=body.cache_salt,
+                               model=model))  # fmt: skip
     outputs = await until_gone(request, finals(submit_all(submits)))
     return json_reply(embedding_response(body, model, outputs))
 

@@ -34,7 +34,9 @@ from jaxpaged_server.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     GenerateRequest,
+    LoadLoraRequest,
     TokenizeRequest,
+    UnloadLoraRequest,
 )
 from jaxpaged_server.service import Service
 
@@ -43,6 +45,7 @@ NOT_FOR_HTTP = ("output_kind", "extra_args")  # of SamplingParams
 STATUSES = {
     400: "The request is not right; the message says what is wrong and what to do.",
     401: "No valid API key.",
+    403: "The server was not started to do this.",
     404: "There is no such model.",
     413: "The body is too large (--max-body-size).",
     500: "The request failed in the engine, or the server made a mistake.",
@@ -66,6 +69,7 @@ class Operation:
 
 WORK = (400, 404, 413, 500, 503)  # what may become of a request for the engine
 PROMPT = (400, 404, 413, 500)
+LORA = (400, 403, 413)
 RENDERS = Operation("The exact prompt that a chat or completion request becomes.", "tokens", "RenderedPrompt",
                     (ChatRequest, CompletionRequest), fails=PROMPT)  # fmt: skip
 STORED = Operation("Not supported: responses are not stored.", "responses", fails=(404,))
@@ -102,6 +106,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/openapi.json"): Operation("This document.", "operations", "Document"),
     ("POST", "/reset_prefix_cache"): Operation("Forgets the cached pages that no request holds.", "operations", fails=(500,)),
     ("POST", "/abort_requests"): Operation("Ends requests.", "operations", "Aborted", (AbortRequest,), fails=(400, 413)),
+    ("POST", "/v1/load_lora_adapter"): Operation("Loads a LoRA adapter, which is a model of its own then.", "operations",
+                                                 bodies=(LoadLoraRequest,), fails=LORA, media=TEXT),
+    ("POST", "/v1/unload_lora_adapter"): Operation("Forgets a LoRA adapter.", "operations", bodies=(UnloadLoraRequest,),
+                                                   fails=(*LORA, 404), media=TEXT),
     ("GET", "/"): Operation("The page: a playground and a live view.", "page", media=HTML),
     ("GET", "/live"): Operation("The live view's frames, without an end.", "page", events="Frame"),
 }  # fmt: skip

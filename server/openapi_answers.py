@@ -71,7 +71,7 @@ SHARED: dict[str, Schema] = {
         "text_offset": array(COUNT), "token_logprobs": array({"type": ["number", "null"]}), "tokens": array(STRING),
         "top_logprobs": array(or_null({"type": "object", "additionalProperties": NUMBER}))}),
     "Model": record({"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING, "root": STRING,
-                     "parent": NULL, "max_model_len": INTEGER, "permission": array({})}),
+                     "parent": MAYBE_STRING, "max_model_len": INTEGER, "permission": array({})}),
     "ModelList": record({"object": {"const": "list"}, "data": array(ref("Model"))}),
 }  # fmt: skip
 COMPLETIONS: dict[str, Schema] = {

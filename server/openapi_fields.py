@@ -126,6 +126,10 @@ FIELDS: dict[str, Schema] = {
     "request_id": {"description": "Part of the answer's id. Printable characters.", "maxLength": 128},
     "cache_salt": {"description": "Prompts share cached pages only with prompts of the same salt."},
     "user": {"description": "Changes nothing."},
+    "lora_name": {"description": "What the adapter is called as a model.", "minLength": 1},
+    "GenerateRequest.lora_name": {"description": "A LoRA adapter; as model does."},
+    "lora_path": {"description": "A folder that the server can read, as PEFT saves it."},
+    "load_inplace": {"description": "In the place of the adapter of that name, for requests from now on."},
     "request_ids": {"description": "The ids of answers. Left out: every request."},
     # -- the prompt
     "truncate_prompt_tokens": {"description": "Keeps so many tokens of the prompt; -1: as many as the model takes.",

@@ -1,16 +1,25 @@
-"""Endpoints for those who run the server: /health, /version, /load, /metrics, /reset_prefix_cache, /abort_requests."""
+"""Endpoints for those who run the server: /health, /version, /load, /metrics, /reset_prefix_cache, /abort_requests,
+/v1/load_lora_adapter, /v1/unload_lora_adapter."""
 
 from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 import jaxpaged
+from jaxpaged.adapter import LoRARequest
 from jaxpaged.engine import Engine
+from jaxpaged.request import RequestError
 from jaxpaged_server.exchange import read
+from jaxpaged_server.fields import Body
 from jaxpaged_server.replies import json_reply
-from jaxpaged_server.schemas import AbortRequest
+from jaxpaged_server.schemas import AbortRequest, LoadLoraRequest, UnloadLoraRequest
 from jaxpaged_server.service import Service
+
+T = TypeVar("T", bound=Body)
 
 
 async def health(service: Service, request: Request) -> Response:
@@ -45,3 +54,27 @@ async def abort_requests(service: Service, request: Request) -> Response:
     """POST /abort_requests {"request_ids": [...]}: the ids of answers; without any, all requests."""
     body = await read(service, request, AbortRequest)
     return json_reply({"aborted": service.abort(body.request_ids)})
+
+
+async def load_lora_adapter(service: Service, request: Request) -> Response:
+    """POST /v1/load_lora_adapter {"lora_name": ..., "lora_path": ...}: from a folder that the server can read."""
+    body = await _lora_update(service, request, LoadLoraRequest)
+    if body.lora_name in service.names:
+        raise RequestError(f"lora_name {body.lora_name!r:.200} is the name of the model itself; take another one.", "lora_name")
+    wanted = LoRARequest(body.lora_name, lora_path=body.lora_path)
+    await asyncio.to_thread(service.loras.add, wanted, body.load_inplace)
+    return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.", media_type="text/plain")
+
+
+async def unload_lora_adapter(service: Service, request: Request) -> Response:
+    """POST /v1/unload_lora_adapter {"lora_name": ...}: requests that have it go on with it."""
+    body = await _lora_update(service, request, UnloadLoraRequest)
+    service.loras.remove(body.lora_name)
+    return Response(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", media_type="text/plain")
+
+
+async def _lora_update(service: Service, request: Request, kind: type[T]) -> T:
+    if not service.options.allow_runtime_lora_updating:
+        raise RequestError("this server does not load or unload LoRA adapters for clients; start it with "
+                           "--allow-runtime-lora-updating.", status=403)  # fmt: skip
+    return await read(service, request, kind)

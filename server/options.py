@@ -14,6 +14,8 @@ from jaxpaged.request import RequestError
 class ServerOptions:
     """host, port, uds: where to listen (uds: a Unix socket instead of a port). root_path: the path a proxy strips.
     served_model_name: the names clients may ask for; the first one stands in answers.
+    lora_modules: adapters that are loaded at the start, name=path or a JSON object each; clients ask for them as models.
+    allow_runtime_lora_updating: clients may load and unload adapters (from folders that the server can read).
     api_key: keys of which a client must send one (Authorization: Bearer, or x-api-key).
     max_num_queued_reqs: requests that may wait for a slot; more get 503. max_body_size: bytes. max_num_prompts: a request.
     stream_interval: tokens that a chunk of a stream has at least.
@@ -27,6 +29,8 @@ class ServerOptions:
     uds: str | None = None
     root_path: str = ""
     served_model_name: tuple[str, ...] = ()
+    lora_modules: tuple[str, ...] = ()
+    allow_runtime_lora_updating: bool = False
     api_key: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     allowed_methods: tuple[str, ...] = ("*",)

@@ -19,7 +19,7 @@ STATELESS = "this server stores no responses and no conversations: send the whol
 SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
         "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids",
         "bad_words", "skip_special_tokens", "spaces_between_special_tokens", "skip_reading_prefix_cache", "stream", "priority",
-        "request_id", "cache_salt", "parallel_tool_calls", "chat_template_kwargs")  # fmt: skip
+        "request_id", "cache_salt", "parallel_tool_calls", "model", "chat_template_kwargs")  # fmt: skip
 
 
 class Reasoning(msgspec.Struct):

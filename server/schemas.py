@@ -158,9 +158,25 @@ class GenerateRequest(Body, kw_only=True):
     output_mode: str = "tokens"
     cache_salt: str = ""
     priority: int = 0
-    REFUSED: ClassVar = {"kv_transfer_params": NOTHING, "ec_transfer_params": NOTHING, "features": NOTHING,
-                         "lora_name": NOTHING}  # fmt: skip
+    lora_name: str | None = None
+    REFUSED: ClassVar = {"kv_transfer_params": NOTHING, "ec_transfer_params": NOTHING, "features": NOTHING}
     IGNORED: ClassVar = frozenset(("session_id",))
+
+
+class LoadLoraRequest(Body, kw_only=True):
+    """vLLM's. load_inplace: in the place of the one of that name, for requests from now on."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    REFUSED: ClassVar = {"is_3d_lora_weight": (False,)}
+
+
+class UnloadLoraRequest(Body, kw_only=True):
+    """vLLM's."""
+
+    lora_name: str
+    IGNORED: ClassVar = frozenset(("lora_int_id",))
 
 
 class AbortRequest(Body, kw_only=True):

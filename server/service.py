@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 import time
 import uuid
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from jaxpaged.adapter import Adapter, LoRARequest
 from jaxpaged.async_engine import AsyncEngine, Stream
+from jaxpaged.loras import Loras
 from jaxpaged.request import RequestError, SamplingParams
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.watchdog import Watchdog
@@ -46,13 +49,14 @@ class Service:
 
     names: what clients may call the model; the first one stands in answers. defaults: sampling parameters of requests that
     do not say (SamplingParams' names). chat_template: instead of the model's. cache_config: what metrics say about the cache.
-    num_compilations: programs compiled since the start.
+    num_compilations: programs compiled since the start. loras: the adapters, which clients ask for as models.
     """
 
     def __init__(self, engine: AsyncEngine, options: ServerOptions, names: Sequence[str],
                  defaults: Mapping[str, Any] | None = None, chat_template: str | None = None,
-                 cache_config: Mapping[str, str] | None = None, num_compilations: Callable[[], int] = lambda: 0):  # fmt: skip
-        self.engine, self.options = engine, options
+                 cache_config: Mapping[str, str] | None = None, num_compilations: Callable[[], int] = lambda: 0,
+                 loras: Loras | None = None):  # fmt: skip
+        self.engine, self.options, self.loras = engine, options, loras or Loras(None)
         self.names = tuple(options.served_model_name or names)
         self.defaults = {**(defaults or {}), **options.generation_defaults}
         self.chat_template = chat_template
@@ -88,11 +92,14 @@ class Service:
         """The name for the answer: what was asked for. RequestError (404) for a model that is not served."""
         if asked is None or asked == "":
             return self.names[0]
-        if asked not in self.names:
-            raise RequestError(
-                f"The model `{asked[:200]}` does not exist; this server has {', '.join(self.names)}.", "model", 404
-            )
+        known = (*self.names, *(adapter.name for adapter in self.loras.loaded))
+        if asked not in known:
+            raise RequestError(f"The model `{asked[:200]}` does not exist; this server has {', '.join(known)}.", "model", 404)
         return asked
+
+    def adapter(self, asked: str | None) -> Adapter | None:
+        """The LoRA adapter that a model's name stands for."""
+        return None if not asked or asked in self.names else self.loras.find(self.model(asked))
 
     def need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -109,15 +116,16 @@ class Service:
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
 
     def submit(self, asked: Asked, ids: Sequence[int], params: Any, *, text: str | None = None, priority: int = 0,
-               cache_salt: str = "") -> Stream:  # fmt: skip
-        """Hands a prompt to the engine. RequestError if it cannot be served; 400 in OpenAI's words if it is too long."""
+               cache_salt: str = "", model: str | None = None) -> Stream:  # fmt: skip
+        """Hands a prompt to the engine. model: what the client calls it. RequestError if it cannot be served; 400 in OpenAI's
+        words if it is too long."""
         if isinstance(params, SamplingParams):
             _check_length(len(ids), params.max_tokens, self.max_model_len)
         if not -(2**63) <= priority < 2**63:
             raise RequestError(f"priority must be a 64-bit integer, got {priority}.", "priority")
         own = f"{asked.request_id}-{next(self._numbers)}"  # a client may send the same id twice; the engine's are unique
         stream = self.engine.submit(own, ids, params, priority=priority, cache_salt=cache_salt, prompt_text=text,
-                                    trace_headers=asked.trace_headers)  # fmt: skip
+                                    adapter=self.adapter(model), trace_headers=asked.trace_headers)  # fmt: skip
         if self.options.enable_log_requests:
             log.info("received %s: %d prompt tokens, %s%s", own, len(ids), params,
                      "" if text is None else f", prompt {text[: self.options.max_log_len]!r}")  # fmt: skip
@@ -183,11 +191,30 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
+def lora_modules(given: Sequence[str]) -> list[LoRARequest]:
+    """vLLM's two forms: name=path, and {"name": ..., "path": ..., "base_model_name": ...}. RequestError for others."""
+    found = []
+    for i, one in enumerate(given, 1):
+        name, _, path = one.partition("=")
+        if one.lstrip().startswith("{"):
+            try:
+                entry = json.loads(one)
+            except ValueError as error:
+                raise RequestError(f"lora_modules: {one!r} is no JSON ({error}).", "lora_modules") from None
+            name, path = entry.get("name"), entry.get("path")
+        if not name or not path:
+            raise RequestError(f"lora_modules must be name=path, or JSON with name and path; got {one!r}.", "lora_modules")
+        found.append(LoRARequest(name, i, path))
+    return found
+
+
 def open_service(built: Any, options: ServerOptions) -> Service:
     """The service of a `jaxpaged.build.Built`."""
     compiled_at_start = built.runner.num_compilations
     cache = {name: str(getattr(built.config, name)) for name in CACHE_CONFIG} | {"num_gpu_blocks": str(built.plan.num_pages)}
+    for request in lora_modules(options.lora_modules):
+        built.loras.add(request)
     return Service(
         AsyncEngine(built.engine), options, [built.config.model], built.sampling_defaults, built.config.chat_template, cache,
-        lambda: built.runner.num_compilations - compiled_at_start,
+        lambda: built.runner.num_compilations - compiled_at_start, built.loras,
     )  # fmt: skip

@@ -84,14 +84,15 @@ def _rendered(text: str, ids: list[int]) -> dict[str, Any]:
 async def generate(service: Service, request: Request) -> Response:
     """POST /inference/v1/generate."""
     body = await read(service, request, GenerateRequest)
-    model = service.model(body.model)
+    model = service.model(body.lora_name or body.model)
     if body.output_mode not in ("tokens", "text"):
         raise RequestError(f"output_mode must be tokens or text, got {body.output_mode!r:.80}.", "output_mode")
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream: true.", "stream_options")
     asked = asked_by(request, body.request_id, "generate")
     answer = Generated(body.request_id or asked.request_id, model, body.output_mode == "text")
-    stream = service.submit(asked, body.token_ids, _params(service, body), priority=body.priority, cache_salt=body.cache_salt)
+    stream = service.submit(asked, body.token_ids, _params(service, body), priority=body.priority, cache_salt=body.cache_salt,
+                            model=model)  # fmt: skip
     if body.stream:
         usage = usage_options(body.stream_options, service.options.enable_force_include_usage)
         return EventStream(openai_events([stream], answer, usage, service.options.stream_interval), service.watch, [stream])

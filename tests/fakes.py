@@ -14,6 +14,7 @@ from jaxpaged.reach import EVERYTHING, Reach
 from jaxpaged.scheduler import Limits
 
 POISON = -7
+ADAPTED = 1000  # what an adapter of rank 1 adds to the tokens that are written with it
 
 
 def successor(context: list[int], vocab_size: int) -> int:
@@ -23,11 +24,13 @@ def successor(context: list[int], vocab_size: int) -> int:
 
 
 def paper_tokens(prompt: list[int], count: int, vocab_size: int, stop: frozenset[int] = frozenset(),
-                 reach: Reach = EVERYTHING[0]) -> list[int]:  # fmt: skip
-    """The oracle: `count` tokens, or fewer if one of `stop` comes (it is included). reach: how far back a token sees."""
+                 reach: Reach = EVERYTHING[0], adapter: int = 0) -> list[int]:  # fmt: skip
+    """The oracle: `count` tokens, or fewer if one of `stop` comes (it is included). reach: how far back a token sees.
+    adapter: the rank of the LoRA adapter, 0: none."""
     context = list(prompt)
     while len(context) < len(prompt) + count and not (len(context) > len(prompt) and context[-1] in stop):
-        context.append(successor(context[reach.first_seen(len(context) - 1) :], vocab_size))
+        seen = [token + ADAPTED * adapter for token in context[reach.first_seen(len(context) - 1) :]]
+        context.append(successor(seen, vocab_size))
     return context[len(prompt) :]
 
 
@@ -56,6 +59,7 @@ class FakeRunner:
         self.limits, self.fail_at, self.step_seconds = limits, fail_at, step_seconds
         self.cache = np.full((limits.num_pages, limits.page_size), POISON, np.int64)
         self.last_token = np.full(limits.max_num_seqs, POISON, np.int64)
+        self.places: dict[int, int] = {}  # of LoRA adapters: the rank of the one that is there
         self.num_dispatched = 0
         self.closed = False
 
@@ -64,6 +68,7 @@ class FakeRunner:
         if self.num_dispatched in self.fail_at:
             raise RuntimeError("out of paper")
         self._check(batch)
+        self.places |= {place: adapter.rank for place, adapter in batch.loads}
         if len(batch.copies):
             self.cache[batch.copies[:, 1]] = self.cache[batch.copies[:, 0]]
         num_rows = int(batch.counts[1])
@@ -101,7 +106,8 @@ class FakeRunner:
                 for g, (end, width) in enumerate(zip(ends, self.limits.columns))]  # fmt: skip
 
     def _write(self, batch: Batch, row: int) -> None:
-        K, slot = self.limits.page_size, int(batch.slots[row])
+        K, slot, place = self.limits.page_size, int(batch.slots[row]), int(batch.adapters[row])
+        shift = ADAPTED * self.places[place] if place >= 0 else 0
         for i in range(int(batch.query_start[row]), int(batch.query_start[row + 1])):
             assert batch.row_of_token[i] == row
             position = int(batch.positions[i])
@@ -110,7 +116,7 @@ class FakeRunner:
             for table, first in self._tables(batch, row):
                 page = int(table[position // K - first])
                 assert page > 0, "the null page is written"
-                self.cache[page, position % K] = token
+                self.cache[page, position % K] = token + shift
 
     def context(self, batch: Batch, row: int) -> list[int]:
         """What the last token of a row sees: of the groups that see everything, all; of others their last tokens. Where both

@@ -24,6 +24,7 @@ class Shape(NamedTuple):
     page_size: int
     rows: Rows
     window: int | None = None
+    chunk: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
     alibi: bool = False
@@ -109,12 +110,17 @@ TINY = (
     Shape("window of one", 4, 2, 16, 4, _mixed(4), window=1),
     Shape("window", 4, 2, 16, 4, _mixed(4), window=6),
     Shape("long window", 2, 1, 16, 16, LONG, window=131),
+    Shape("positions in chunks of one", 4, 2, 16, 4, _mixed(4), chunk=1),
+    Shape("positions in chunks", 4, 2, 16, 4, _mixed(4), chunk=8),
+    Shape("positions in odd chunks", 6, 3, 24, 5, _mixed(5), chunk=7, sinks=True, alibi=True),
+    Shape("positions in long chunks", 2, 1, 16, 16, LONG, chunk=128),
     Shape("soft cap", 4, 2, 16, 8, _mixed(8), soft_cap=2.0),
     Shape("sinks", 4, 2, 16, 8, _mixed(8), sinks=True),
     Shape("alibi", 6, 2, 16, 8, _mixed(8), alibi=True),
     Shape("all at once", 4, 2, 16, 8, LONG, window=40, soft_cap=3.0, sinks=True, alibi=True),
     Shape("splits", 4, 2, 16, 16, SPLITS, sinks=True),
     Shape("splits and a window", 3, 1, 16, 64, SPLITS, window=700, alibi=True),
+    Shape("splits and chunks", 3, 1, 16, 64, SPLITS, chunk=600, window=590, soft_cap=3.0),
     Shape("int8 cache", 4, 2, 16, 8, _mixed(8), kv_dtype="int8"),
     Shape("int8 cache, all at once", 6, 2, 24, 5, LONG, window=40, soft_cap=3.0, sinks=True, alibi=True, kv_dtype="int8"),
     Shape("float8 cache", 4, 2, 16, 8, _mixed(8), kv_dtype="float8_e4m3fn"),

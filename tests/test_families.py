@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from families import rows
+from models_table import FILE, table
 from safetensors.numpy import load_file, save_file
 from tiny_hf import TOLERANCE, errors, forward, logits_of, make, opened, prompts
 
@@ -41,6 +42,10 @@ def test_every_door_has_rows():
 
 def test_every_model_type_has_a_row():
     assert {row.model_type() for row in ROWS} == set(doors())
+
+
+def test_the_list_of_models_is_up_to_date():
+    assert FILE.read_text() == table(), "python tests/models_table.py"
 
 
 @pytest.mark.parametrize("row, heads, tie", CASES)
@@ -78,7 +83,8 @@ def test_engine(tmp_path, row):
     tokens[1:, :100] = tokens[0, :100]
     first, second, third = tokens[0].tolist(), tokens[1, :-7].tolist(), tokens[2, :-40].tolist()
     params = GREEDY.clone(logprobs=3, prompt_logprobs=3)
-    settings = {"block_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 2, "max_model_len": row.length + 32}
+    settings = {"block_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 2, "max_model_len": row.length + 32,
+                "num_gpu_blocks_override": 200}  # fmt: skip  # nothing that is cached has to make room
     with LLM(str(tmp_path), skip_tokenizer_init=True, enforce_eager=True, use_tqdm=False, **settings) as llm:
         (alone,) = llm.generate([first], params, use_tqdm=False)
         both = llm.generate([second, third], params.clone(skip_reading_prefix_cache=False), use_tqdm=False)

@@ -20,7 +20,7 @@ PACKAGES = {"jaxpaged": "jaxpaged", "pallas_kernels": "pallas_kernels", "jaxpage
 # A line is a floor, the highest first: control plane | device plane. A module imports from lower floors only.
 HOUSE = """
     cli                                                       |
-    cli_clients cli_serve                                     |
+    cli_clients cli_convert cli_serve                         |
     server.run                                                |
     server.app                                                |
     server.messages server.openapi server.operations          |
@@ -47,27 +47,30 @@ HOUSE = """
     demo env chat flags sampling_flags bench_options server   | bench
     jaxpaged watchdog                                         |
                                                               | llm
-    async_engine                                              | build
+    async_engine                                              | build export
+                                                              | convert
                                                               | loading
-                                                              | beam memory quantization runner
+                                                              | beam lora memory on_host orbax_writer quantization runner
                                                               | weights
                                                               | programs
     engine                                                    | kv_cache packing sampler
     admission outputs                                         | models.*
-    batch                                                     | models models.standard models.quantized
+    batch                                                     | models models.standard models.quantized models.adapters
                                                               | models.decoder
     scheduler                                                 | models.mla models.moe
-    publish waiting                                           | models.layers
+    seating                                                   | models.layers
+    publish waiting loras                                     |
                                                               | models.spec
                                                               | models.rope
     state tokenizer gguf_blocks scoring                       | kernels
-    pages gguf_tokenizer checkpoint                           | kernels.mosaic_gpu kernels.triton
-    chat_template config reach gguf_file prompts              | kernels.reference kernels.mosaic_gpu.attention
+    pages gguf_tokenizer checkpoint residents                          | kernels.mosaic_gpu kernels.triton
+    chat_template config reach gguf_file prompts orbax_checkpoint| kernels.reference kernels.mosaic_gpu.attention
                                                               | kernels.triton.attention
                                                               | kernels.triton.decode kernels.triton.prefill
                                                               | kernels.triton.cache kernels.triton.matmul
-    detokenizer gguf_config hf_config hub                     | kernels.triton.tile kernels.triton.sampling
-    request versioned                                         | kernels.mosaic_gpu.decode kernels.mosaic_gpu.prefill
+    detokenizer folder gguf_config hf_config hub              | kernels.triton.tile kernels.triton.sampling
+    request                                                   |
+    adapter versioned                                         | kernels.mosaic_gpu.decode kernels.mosaic_gpu.prefill
                                                               | kernels.mosaic_gpu.prefill_kernel
                                                               | kernels.mosaic_gpu.tuning kernels.mosaic_gpu.interpret
                                                               | kernels.triton.blocks
@@ -77,7 +80,7 @@ HOUSE = """
                                                               | kernels.checks
 """
 # These are how users come in. They start the device plane, but only from inside a function (or for type checkers).
-DOORS = {"jaxpaged", "jaxpaged.cli", "jaxpaged.cli_clients", "jaxpaged.cli_serve", "jaxpaged.env"}
+DOORS = {"jaxpaged", "jaxpaged.cli", "jaxpaged.cli_clients", "jaxpaged.cli_convert", "jaxpaged.cli_serve", "jaxpaged.env"}
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}  # packages the control plane never imports
 
 

@@ -74,7 +74,7 @@ class Case:
         for row, sequence in enumerate(sequences):
             new, new_scales = quantize(sequence, s.kv_dtype) if s.kv_dtype else (sequence, None)
             kv_len, n = self.rows[row]
-            first = 0 if s.window is None else max(0, kv_len - n - s.window + 1)  # that a query sees
+            first = first_seen(s, kv_len - n)
             at = np.arange(first // s.page_size * s.page_size, kv_len)
             new, new_scales = new[at], new_scales if new_scales is None else new_scales[at]
             places = self.meta.page_table[row, at // s.page_size], at % s.page_size
@@ -88,11 +88,17 @@ class Case:
         meta = self.meta if meta is None else meta
         checks.look_at_rows(*meta, num_pages=self.shape.num_pages, page_size=self.shape.page_size)  # interpreters clamp
         keys, values = self.cache(self.keys, garbage), self.cache(self.values, garbage)
-        run = program(backend, self.scale, self.shape.window, self.shape.soft_cap)
+        run = program(backend, self.scale, self.shape.window, self.shape.chunk, self.shape.soft_cap)
         out, lse = run(self.q, keys, values, *meta, self.sinks, self.alibi)
         assert out.dtype == self.q.dtype and out.shape == self.q.shape
         assert lse.dtype == jnp.float32 and lse.shape == self.q.shape[:2]
         return np.asarray(out), np.asarray(lse)
+
+
+def first_seen(shape: Shape, x: int) -> int:
+    """The first key that a query at position x sees."""
+    after_window = 0 if shape.window is None else x - shape.window + 1
+    return max(0, after_window, 0 if shape.chunk is None else x // shape.chunk * shape.chunk)
 
 
 def quantize(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -104,11 +110,11 @@ def quantize(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def program(backend: str, scale: float, window: int | None, soft_cap: float | None):
+def program(backend: str, scale: float, window: int | None, chunk: int | None, soft_cap: float | None):
     def run(q, keys, values, page_table, kv_lens, query_start, counts, sinks, alibi):
         return pallas_kernels.paged_attention(
             q, keys.pages, values.pages, page_table, kv_lens, query_start, counts, scale=scale, window=window,
-            soft_cap=soft_cap, sinks=sinks, alibi=alibi, k_scales=keys.scales, v_scales=values.scales,
+            chunk=chunk, soft_cap=soft_cap, sinks=sinks, alibi=alibi, k_scales=keys.scales, v_scales=values.scales,
             implementation=operations(backend),
         )  # fmt: skip
 
@@ -120,7 +126,7 @@ def oracle(case: Case) -> tuple[np.ndarray, np.ndarray]:
     s, out, lse, token = case.shape, [], [], 0
     for (kv_len, num_queries), keys, values in zip(case.rows, case.keys, case.values):
         for x in range(kv_len - num_queries, kv_len):
-            seen = np.arange(0 if s.window is None else max(0, x - s.window + 1), x + 1)
+            seen = np.arange(first_seen(s, x), x + 1)
             for h in range(s.H):
                 g = h // (s.H // s.G)
                 score = case.scale * keys[seen, g].astype(np.float64) @ case.q[token, h].astype(np.float64)
@@ -184,7 +190,7 @@ def test_unused_entries_of_the_page_table_are_not_read(backend, shape):
 
 OPTIONS = st.sampled_from([
     {}, dict(window=5), dict(window=1, sinks=True), dict(soft_cap=1.5, sinks=True, H=6), dict(alibi=True, H=2, kv_dtype="int8"),
-    dict(window=9, soft_cap=2.0, sinks=True, alibi=True, H=16),
+    dict(window=9, soft_cap=2.0, sinks=True, alibi=True, H=16), dict(chunk=6), dict(chunk=8, window=5, sinks=True),
 ])  # fmt: skip
 
 
@@ -346,6 +352,7 @@ BROKEN = [
     (dict(counts=(3,)), r"counts must be \[2\], is \(3,\)"),
     (dict(sinks=(2,)), r"sinks must be None or \[4\]"),
     (dict(window=0), "window must be None or >= 1, is 0"),
+    (dict(chunk=0), "chunk must be None or >= 1, is 0"),
     (dict(kv_lens=np.zeros(8, np.int16)), "must be int32"),
     (dict(alibi=(2,)), r"alibi must be None or \[4\]"),
     (dict(soft_cap=0.0), "soft_cap must be None or > 0, is 0.0"),

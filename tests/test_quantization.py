@@ -7,15 +7,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from families import Row
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import write_gguf
-from tiny_hf import errors, make, prompts
+from tiny_hf import edit, errors, logits_of, make, prompts
 
 from jaxpaged import LLM, SamplingParams
 from jaxpaged.gguf_blocks import KEPT, in_form, unpack
+from jaxpaged.models.decoder import WholeSequence
 from jaxpaged.models.quantized import Form, QuantizedLinear, quantize
+from jaxpaged.models.spec import DecoderConfig
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 LLAMA = Row("", "Llama", SIZES)
@@ -142,7 +145,7 @@ def generate(folder, prompt, **changes):
     with LLM(str(folder), **{**ENGINE, **changes}) as llm:
         (output,) = llm.generate([prompt], PARAMS, use_tqdm=False)
         leaves = llm._built.runner._leaves
-        num_bytes = sum(x.nbytes for x in leaves)
+        num_bytes = sum(x.nbytes for x in jax.tree.leaves(leaves))
     completion = output.outputs[0]
     logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids)]
     return completion.token_ids, np.array(logprobs), num_bytes
@@ -154,6 +157,68 @@ def test_a_quantised_checkpoint_is_its_dequantised_twin(checkpoint):
     expected, wanted, float_bytes = generate(checkpoint / "twin", prompt)
     assert tokens == expected and errors(logprobs, wanted) < 1e-4
     assert num_bytes < 0.6 * float_bytes  # kept small
+
+
+DEEPSEEK = Row("", "DeepseekV3", {
+    **SIZES, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
+    "topk_group": 1})  # fmt: skip
+
+
+def test_latent_attention_and_experts_in_fp8_blocks(tmp_path):
+    """As DeepSeek V3 is published: the products of latent attention too, of which one is used as two matrices."""
+    write(tmp_path / "q", tmp_path / "twin", DEEPSEEK, *FORMATS["fp8 blocks"], skip=("lm_head", "embed", "norm"))
+    prompt = prompts(40).tolist()
+    tokens, logprobs, num_bytes = generate(tmp_path / "q", prompt)
+    expected, wanted, float_bytes = generate(tmp_path / "twin", prompt)
+    assert tokens == expected and errors(logprobs, wanted) < 1e-4
+    assert num_bytes < 0.6 * float_bytes
+
+
+# -- MXFP4 -------------------------------------------------------------------------------------------------------------
+
+GPT_OSS = Row("", "GptOss", {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20})
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.layers.1.mlp.experts.down_proj", "lm_head"]
+
+
+def mxfp4(w: np.ndarray) -> tuple[dict, np.ndarray]:
+    """Blocks and scales of matrices [X, in, out], and the floats that they stand for: any numbers will do."""
+    rows = np.swapaxes(w, 1, 2).reshape(len(w), w.shape[2], -1, 32)
+    rng = np.random.default_rng(rows.size)
+    codes, scales = rng.integers(0, 16, rows.shape), rng.integers(121, 125, rows.shape[:3])
+    blocks = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+    floats = (E2M1[codes] * 2.0 ** (scales[..., None] - 127)).astype(np.float32).reshape(*rows.shape[:2], -1)
+    return {"blocks": blocks, "scales": scales.astype(np.uint8)}, np.ascontiguousarray(np.swapaxes(floats, 1, 2))
+
+
+def write_mxfp4(folder, twin) -> None:
+    """gpt-oss as it is published; one product of a layer's experts is left in floats."""
+    make(folder, GPT_OSS)
+    make(twin, GPT_OSS)
+    tensors = load_file(folder / "model.safetensors")
+    floats = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj")) and name not in NOT_CONVERTED]:
+        parts, floats[name] = mxfp4(tensors.pop(name))
+        tensors |= {f"{name}_{suffix}": part for suffix, part in parts.items()}
+    save_file(tensors, folder / "model.safetensors")
+    save_file(floats, twin / "model.safetensors", metadata={"format": "pt"})
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": NOT_CONVERTED}
+    edit(folder, lambda hf: {**hf, "quantization_config": config})
+
+
+def test_mxfp4_is_its_dequantised_twin_and_transformers(tmp_path):
+    write_mxfp4(tmp_path / "q", tmp_path / "twin")
+    prompt = prompts(40).tolist()
+    tokens, logprobs, num_bytes = generate(tmp_path / "q", prompt)
+    expected, wanted, float_bytes = generate(tmp_path / "twin", prompt)
+    assert tokens == expected and errors(logprobs, wanted) < 1e-5
+    kept = 4 * (2 * 64 * 192 + 96 * 64)  # numbers of four experts' matrices, one of the four kinds is left in floats
+    assert float_bytes - num_bytes == 4 * kept - kept * 17 // 32  # a nibble a number, and a byte for 32
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twin", attn_implementation="eager").eval()
+    theirs = jax.nn.log_softmax(logits_of(model, [prompt + tokens])[0])[len(prompt) - 1 : -1]
+    assert tokens == theirs.argmax(-1).tolist()
+    assert errors(logprobs, np.asarray(theirs)[np.arange(len(tokens)), tokens]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
@@ -188,14 +253,15 @@ def floats_of(arrays: dict, form: Form, shape) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form, most", [(Form("int8"), 0.01), (Form("int8", 16), 0.006), (Form("fp8"), 0.04),
-                                        (Form("int4", 32), 0.11), (Form("int4", 32, zeros=True), 0.1)])  # fmt: skip
+                                        (Form("int4", 32), 0.11), (Form("int4", 32, zeros=True), 0.1),
+                                        (Form("mxfp4", 32), 0.14)])  # fmt: skip
 def test_the_numbers_are_the_nearest(form, most):
     """Root mean square of what is lost, as a share of the numbers."""
     w = np.random.default_rng(0).standard_normal((24, 64)).astype(np.float32)
     w[3] = 0
     found = floats_of(quantize(w, form), form, w.shape)
     assert np.linalg.norm(found - w) < most * np.linalg.norm(w) and (found[3] == 0).all()
-    if form.kind != "fp8":
+    if form.kind not in ("fp8", "mxfp4"):
         scales = quantize(w, form)["scales"]
         assert (np.abs(found - w).reshape(*scales.shape, -1).max(-1) <= 0.5001 * scales).all()
 
@@ -204,7 +270,8 @@ def test_gradients_flow_through_what_is_not_quantised():
     x, form = jnp.asarray(np.random.default_rng(0).standard_normal((64, 3)), jnp.float32), Form("int8")
     module = QuantizedLinear((8, 64), form, nnx.Param(jnp.zeros(8)))
     module.weight[...] = jnp.ones((8, 64), jnp.int8)
-    gradient = jax.grad(lambda x: module(x, None).sum())(x)
+    step = WholeSequence(DecoderConfig(vocab_size=8, embed_dim=64, layers=(), max_positions=8))
+    gradient = jax.grad(lambda x: module(x, step).sum())(x)
     assert gradient.shape == x.shape
 
 

@@ -42,6 +42,22 @@ def test_the_first_position_that_is_seen(reach, seen):
     assert [reach.first_seen(position) for position in (0, 4, 10)] == seen
 
 
+def test_pages_before_the_current_chunk_are_given_back():
+    """A layer with chunks of 128 positions holds the pages from where its chunk began, one with everything all of them."""
+    limits = Limits(max_num_seqs=1, max_num_batched_tokens=32, page_size=16, num_pages=200, max_model_len=1024, vocab_size=9,
+                    reaches=(FULL, Reach(chunk=128)))  # fmt: skip
+    request = Request("a", (1,) * 900, SamplingParams(temperature=0, max_tokens=100), arrival=0, max_total_tokens=1000)
+    state, at = scheduler.add(scheduler.initial(limits), request), 0
+    while state.waiting or state.slot_of:
+        state, plan = scheduler.schedule(state)
+        chunk = at // 128 * 128  # of the step's first token
+        at = int(state.seats.num_computed[0])
+        pages = -(-at // 16)
+        assert 199 - state.pool.num_free == pages + pages - chunk // 16
+        state, _ = scheduler.commit(state, plan, np.zeros(1, np.int32), np.ones(1, bool))
+    assert at > 900 and state.pool.num_free == 199
+
+
 def most_running(reaches: tuple[Reach, ...], num_pages: int, asked: int) -> int:
     """Of `asked` sequences of 32k tokens, the most that run at once while none is ever preempted."""
     limits = Limits(max_num_seqs=asked, max_num_batched_tokens=2048, page_size=32, num_pages=num_pages + 1,

@@ -84,3 +84,35 @@ def test_keys_that_are_not_known_are_refused_by_name(key, value):
     with pytest.raises(ValueError, match=f"not known here and may change the rotation: {key}"):
         make_rope(64, 10000.0, {"rope_type": "default", key: value})
     assert make_rope(64, 10000.0, {"rope_type": "default", key: None, "finetuned": True}) == make_rope(64, 10000.0)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 128,
+}
+
+
+def test_longrope_stretches_only_for_sequences_longer_than_in_training():
+    """Its scale, sqrt(1 + log(factor) / log(trained)), is that of the whole model: it does not depend on the length."""
+    plain, rope = make_rope(16, 10000.0), make_rope(16, 10000.0, LONGROPE, 512)
+    assert rope.for_length(128).frequencies == plain.frequencies
+    assert np.allclose(rope.for_length(129).frequencies, np.divide(plain.frequencies, 4))
+    assert rope.for_length(128).scale == rope.for_length(129).scale == pytest.approx(np.sqrt(1 + np.log(4) / np.log(128)))
+
+
+def test_longrope_wants_a_factor_for_each_frequency():
+    with pytest.raises(ValueError, match="long_factor has 7 numbers for 8 frequencies"):
+        make_rope(16, 10000.0, {**LONGROPE, "long_factor": [4.0] * 7}, 512)
+    with pytest.raises(ValueError, match="lacks the key 'short_factor'"):
+        make_rope(16, 10000.0, {k: v for k, v in LONGROPE.items() if k != "short_factor"}, 512)
+
+
+def test_a_fixed_alpha_makes_the_base_greater():
+    plain, dynamic = make_rope(64, 10000.0), {"rope_type": "dynamic", "factor": 2.0}
+    assert make_rope(64, 10000.0, dynamic).frequencies == plain.frequencies
+    stretched = make_rope(64, 10000.0, {**dynamic, "alpha": 1000.0})
+    assert np.allclose(stretched.frequencies, make_rope(64, 10000.0 * 1000 ** (64 / 62)).frequencies, rtol=1e-12)
+    with pytest.raises(ValueError, match="may change the rotation: alpha"):
+        make_rope(64, 10000.0, {"rope_type": "linear", "factor": 2.0, "alpha": 1000.0})

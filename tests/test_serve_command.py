@@ -82,7 +82,8 @@ def test_the_key_may_come_from_the_environment(serve, monkeypatch):
 @pytest.mark.parametrize("flags, said", [
     (("--max-model-length", "5"), "--max-model-len"),
     (("--swap-space", "16"), "swap_space='16' is not supported"),
-    (("--quantization", "awq"), "quantization"),
+    (("--quantization", "bitsandbytes"), "quantization"),
+    (("--max-loras", "0"), "max_loras must be a positive integer"),
     (("--tensor-parallel-size", "2"), "tensor_parallel_size=2"),
     (("--trust-remote-code",), "trust_remote_code"),
     (("--port", "99999"), "port must be in 0..65535"),

@@ -110,7 +110,10 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float32[Array, "B T V"]:
         """Whole sequences, causal, without a cache: tokens int32 [B, T] -> logits float32 [B, T, V]."""
         step, positions = WholeSequence(self.config), jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        return jax.vmap(lambda row: self.logits(self.hidden(row, positions, step)))(tokens)
+        of_row = lambda row: self.logits(self.hidden(row, positions, step))
+        if any(isinstance(layer.mlp, MoESpec) for layer in self.config.layers):
+            return jax.lax.map(of_row, tokens)  # ragged_dot cannot be vmapped over rows that share their experts
+        return jax.vmap(of_row)(tokens)
 
 
 def head_leaves(config: DecoderConfig) -> tuple[str, ...]:
@@ -158,6 +161,9 @@ class WholeSequence:
 
     def quantized_matmul(self, x: Array, w: Array, scales: Array, zeros: Array | None) -> Array:
         return ops.quantized_matmul(x, w, scales, zeros, implementation="reference")
+
+    def adapt(self, x: Array, a: Array, b: Array) -> None:
+        return None
 
 
 def _seen(spec: LayerSpec, T: int) -> Array:

@@ -48,6 +48,10 @@ class Step(Protocol):
         """As `pallas_kernels.ops.quantized_matmul`."""
         ...
 
+    def adapt(self, x: Array, a: Array, b: Array) -> Array | None:
+        """What the adapters [S, ...] of a product add to it, for x [in, T] (see `adapters`); None: nothing."""
+        ...
+
 
 class Positions(NamedTuple):
     """Of the tokens at hand: int32 [T], and cos and sin [T, half] of each rotation of the model."""
@@ -60,16 +64,34 @@ class Positions(NamedTuple):
         return x if rope is None else rotate(x, *self.tables[rope], rope.interleaved)
 
 
-class Linear(nnx.Module):
-    """y = W x (+ b); W [out, in], x [in, T]."""
+class Product(nnx.Module):
+    """y = W x (+ b) (+ what adapters add); W [out, in], x [in, T]. How W is kept is the subclass's business."""
+
+    bias: nnx.Param | None
+    shape: tuple[int, int]
+    adapters: nnx.Module | None
+
+    def __call__(self, x: Array, step: Step) -> Array:
+        y = self.product(x, step)
+        y = y if self.bias is None else y + self.bias[...][:, None]
+        added = None if self.adapters is None else self.adapters(x, step)  # pyright: ignore[reportCallIssue]
+        return y if added is None else y + added
+
+    def product(self, x: Array, step: Step) -> Array:
+        """W x."""
+        raise NotImplementedError
+
+
+class Linear(Product):
+    """W as it is."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (n_out, n_in), dtype) * n_in**-0.5)
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
+        self.shape, self.adapters = (n_out, n_in), nnx.data(None)
 
-    def __call__(self, x: Array, step: Step) -> Array:
-        y = columns_product(self.weight[...], x)
-        return y if self.bias is None else y + self.bias[...][:, None]
+    def product(self, x: Array, step: Step) -> Array:
+        return columns_product(self.weight[...], x)
 
     def dense(self, dtype: jnp.dtype) -> Array:
         """W; what stands in the place of a product may keep it otherwise."""

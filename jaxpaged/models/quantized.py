@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from jaxpaged.models.decoder import Decoder
-from jaxpaged.models.layers import Linear, Step, columns_product
+from jaxpaged.models.layers import Linear, Product, Step, columns_product
 from jaxpaged.models.moe import Experts
 
 SMALL = ("router", "shared_gate")
@@ -28,8 +29,8 @@ ROWS = 4096  # that are quantised at a time: bounds the memory it takes
 
 @dataclass(frozen=True)
 class Form:
-    """kind: "int8", "fp8" (e4m3) or "int4" (two numbers a byte, 0..15). group: inputs that share a scale; None: all. zeros: has
-    numbers that stand for zero; else that is 0, of int4 8."""
+    """kind: "int8", "fp8" (e4m3), "int4" (two numbers a byte, 0..15) or "mxfp4" (two floats e2m1 a byte, the scales bytes too).
+    group: inputs that share a scale; None: all. zeros: has numbers that stand for zero; else that is 0, of int4 8."""
 
     kind: str
     group: int | None = None
@@ -37,17 +38,37 @@ class Form:
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype({"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn, "int4": np.uint8}[self.kind])
+        return np.dtype({"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}.get(self.kind, np.uint8))
+
+    @property
+    def per_byte(self) -> int:
+        """Numbers in a byte."""
+        return 2 if self.kind in ("int4", "mxfp4") else 1
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """What a matrix [..., out, in] is kept as: name -> shape, dtype. ValueError if the groups do not fit."""
         *rows, n_in = shape
         group = self.group or n_in
-        if n_in % group or (self.kind == "int4" and group % 2):
+        if n_in % group or group % self.per_byte:
             raise ValueError(f"{n_in} inputs cannot be quantised in groups of {group}.")
-        scales = (*rows, n_in // group)
-        found = {"weight": ((*rows, n_in // (1 + (self.kind == "int4"))), self.dtype), "scales": (scales, np.dtype(np.float32))}
+        scales, dtype = (*rows, n_in // group), np.dtype(np.uint8 if self.kind == "mxfp4" else np.float32)
+        found = {"weight": ((*rows, n_in // self.per_byte), self.dtype), "scales": (scales, dtype)}
         return found | ({"zeros": (scales, np.dtype(np.float32))} if self.zeros else {})
+
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The numbers of a float e2m1; those of 8 and more are the same, negative."""
+
+
+def microscaled(numbers: Array, scales: Array, dtype: jnp.dtype) -> Array:
+    """MXFP4: uint8 [..., n / 2], whose byte j holds number 2 j in its low half and 2 j + 1 in its high one, and scales
+    2^(s - 127), uint8 [..., n / 32] -> floats [..., n].
+
+    Source: OCP Microscaling Formats (MX) specification 1.0. A scale of 2^-127 counts as 0, and 255 (NaN) as infinity."""
+    codes = jnp.stack([numbers & 15, numbers >> 4], axis=-1).reshape(*scales.shape, -1)
+    powers = jax.lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)  # s as the exponent of a float
+    table = jnp.asarray((*FP4, *(-x for x in FP4)), jnp.float32)
+    return (table[codes] * powers[..., None]).reshape(*scales.shape[:-1], -1).astype(dtype)
 
 
 class _Quantized(nnx.Module):
@@ -59,30 +80,33 @@ class _Quantized(nnx.Module):
         self.weight, self.scales = nnx.Param(arrays["weight"]), nnx.Param(arrays["scales"])
         self.zeros = nnx.Param(arrays["zeros"]) if form.zeros else None
 
-    def dense(self, dtype: jnp.dtype) -> Array:
-        """The matrix in floats, [..., out, in]."""
-        numbers, scales = self.weight[...], self.scales[...]
+    def dense(self, dtype: jnp.dtype, places: Array | None = None) -> Array:
+        """The matrix in floats, [..., out, in]. places [N]: of several matrices these, [N, out, in]."""
+        taken = lambda x: x[...] if places is None else x[...][places]
+        numbers, scales = taken(self.weight), taken(self.scales)
+        if self.form.kind == "mxfp4":
+            return microscaled(numbers, scales, dtype)
         parts = numbers.reshape(*scales.shape, -1)
         zero = jnp.float32(0.0)
         if self.form.kind == "int4":
             parts, zero = jnp.concatenate([parts & 15, parts >> 4], axis=-1), jnp.float32(8.0)
-        offset = zero if self.zeros is None else self.zeros[...][..., None]
+        offset = zero if self.zeros is None else taken(self.zeros)[..., None]
         return ((parts.astype(jnp.float32) - offset) * scales[..., None]).reshape(*scales.shape[:-1], -1).astype(dtype)
 
 
-class QuantizedLinear(_Quantized):
+class QuantizedLinear(_Quantized, Product):
     """In the place of `Linear`."""
 
-    def __call__(self, x: Array, step: Step) -> Array:
-        y = self._product(x, step)
-        return y if self.bias is None else y + self.bias[...][:, None]
+    def __init__(self, shape: tuple[int, int], form: Form, bias: nnx.Param | None):
+        super().__init__(shape, form, bias)
+        self.shape, self.adapters = shape, nnx.data(None)
 
-    def _product(self, x: Array, step: Step) -> Array:
+    def product(self, x: Array, step: Step) -> Array:
         if self.form.group is None and not self.form.zeros and self.form.kind != "int4":
             # One scale a row comes after the product: the small numbers are turned to floats as they are multiplied.
             y = columns_product(self.weight[...].astype(x.dtype), x, jnp.dtype(jnp.float32))
             return (y * self.scales[...]).astype(x.dtype)
-        if self.form.kind == "fp8":
+        if self.form.kind in ("fp8", "mxfp4"):
             return columns_product(self.dense(x.dtype), x)
         zeros = None if self.zeros is None else self.zeros[...]
         return step.quantized_matmul(x.T, self.weight[...], self.scales[...], zeros).T
@@ -92,7 +116,10 @@ class QuantizedExperts(_Quantized):
     """In the place of `Experts`."""
 
     def __call__(self, x: Array, expert: Array, sizes: Array, step: Step) -> Array:
-        y = step.grouped_matmul(x, self.dense(x.dtype), sizes)
+        if len(x) < len(sizes):  # the matrices of these rows only become floats
+            y = jnp.einsum("noi,ni->no", self.dense(x.dtype, expert), x, preferred_element_type=jnp.float32).astype(x.dtype)
+        else:
+            y = step.grouped_matmul(x, self.dense(x.dtype), sizes)
         return y if self.bias is None else y + self.bias[...][expert]
 
 
@@ -156,6 +183,8 @@ def _quantize_rows(w: np.ndarray, form: Form) -> dict[str, np.ndarray]:
         zeros = np.round(-low / scales)
         numbers = np.clip(np.round(parts / scales[..., None]) + zeros[..., None], 0, 15).astype(np.uint8)
         return {"weight": pack(numbers), "scales": scales, "zeros": zeros}
+    if form.kind == "mxfp4":
+        return _to_microscaled(parts)
     largest = {"int8": 127, "fp8": 448, "int4": 7}[form.kind]
     scales = np.maximum(np.abs(parts).max(-1) / largest, tiny)
     numbers = np.clip(parts / scales[..., None], -largest, largest)
@@ -165,6 +194,19 @@ def _quantize_rows(w: np.ndarray, form: Form) -> dict[str, np.ndarray]:
     if form.kind == "int4":
         return {"weight": pack((numbers + 8).astype(np.uint8)), "scales": scales}
     return {"weight": numbers.reshape(w.shape).astype(np.int8), "scales": scales}
+
+
+def _to_microscaled(parts: np.ndarray) -> dict[str, np.ndarray]:
+    """[rows, groups, s] floats in MXFP4; the scale is the least power of two with which a group's largest number is one."""
+    values = np.array(FP4, np.float32)
+    largest = np.abs(parts).max(-1) / values[-1]
+    exponents = np.clip(np.ceil(np.log2(np.maximum(largest, np.finfo(np.float32).tiny))), -126, 127)
+    scaled = parts / np.exp2(exponents)[..., None].astype(np.float32)
+    codes = (
+        np.searchsorted((values[1:] + values[:-1]) / 2, np.abs(scaled)).astype(np.uint8) | (scaled < 0).astype(np.uint8) << 3
+    )
+    pairs = codes.reshape(len(parts), -1, 2)
+    return {"weight": pairs[..., 0] | pairs[..., 1] << 4, "scales": (exponents + 127).astype(np.uint8)}
 
 
 def pack(numbers: np.ndarray) -> np.ndarray:

@@ -71,7 +71,8 @@ def make_rope(dim: int, theta: float, scaling: dict[str, Any] | None = None, max
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in (*_KINDS, *_LONG):
         raise ValueError(f"rope_scaling kind {kind!r} is not supported; supported: {', '.join((*_KINDS, *_LONG))}.")
-    unknown = sorted(k for k, v in scaling.items() if k not in KEYS and v is not None and v is not False)
+    known = KEYS | {"alpha"} if kind == "dynamic" else KEYS
+    unknown = sorted(k for k, v in scaling.items() if k not in known and v is not None and v is not False)
     if unknown:
         raise ValueError(f"rope_scaling has keys that are not known here and may change the rotation: {', '.join(unknown)}.")
     finished = lambda frequencies, scale, **more: Rope(tuple(map(float, frequencies)), float(scale), interleaved, **more)
@@ -111,6 +112,13 @@ def _linear(frequencies, theta, scaling, max_positions):
     return frequencies / scaling["factor"], 1.0
 
 
+def _dynamic(frequencies, theta, scaling, max_positions):
+    """NTK-aware: a greater base. Hunyuan's is `alpha` ** (dim / (dim - 2)) times theta at every length; without that key it
+    grows beyond max_position_embeddings only, and longer sequences are not taken."""
+    dim, alpha = 2 * len(frequencies), scaling.get("alpha")
+    return (frequencies * alpha ** -(np.arange(0, dim, 2) / (dim - 2)) if alpha else frequencies), 1.0
+
+
 def _freq_factors(frequencies, theta, scaling, max_positions):
     """llama.cpp stores the divisor of each frequency (Llama 3's scaling, worked out) in the tensor rope_freqs."""
     return frequencies / np.asarray(scaling["factors"], np.float64), 1.0
@@ -120,7 +128,7 @@ def _llama3(frequencies, theta, scaling, max_positions):
     """Long waves are slowed by `factor`, short ones kept, those between blended."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     waves = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # turns over the trained length
-    keep = np.clip((waves - low) / (high - low), 0.0, 1.0)
+    keep = np.clip((waves - low) / max(high - low, 1e-9), 0.0, 1.0)  # Llama 4 has nothing between
     return frequencies * (keep + (1 - keep) / factor), 1.0
 
 
@@ -155,7 +163,7 @@ def _yarn_scale(scaling, factor: float) -> float:
 _LONG = ("longrope", "su")
 _KINDS = {
     "default": _default,
-    "dynamic": _default,  # scales beyond max_position_embeddings only, and longer sequences are not taken
+    "dynamic": _dynamic,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,

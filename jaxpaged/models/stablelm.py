@@ -21,8 +21,6 @@ def decoder_config(hf: HF) -> DecoderConfig:
 
 
 def names(config: DecoderConfig) -> tuple[Name, ...]:
-    head_norms = [
-        Name(f"model.layers.{{i}}.self_attn.{part}_layernorm.norms.{{head}}.weight", f"layers.{{i}}.attention.{part}_norm.weight")
-        for part in "qk"
-    ]
+    theirs, ours = "model.layers.{i}.self_attn.", "layers.{i}.attention."
+    head_norms = [Name(f"{theirs}{x}_layernorm.norms.{{head}}.weight", f"{ours}{x}_norm.weight") for x in "qk"]
     return (*standard.NAMES, *standard.PRE_NORM, *standard.NORM_BIASES, *head_norms)

@@ -226,11 +226,13 @@ def rope(
     interleaved: bool = False,
     share: float | None = None,
     max_positions: int | None = None,
+    base: float | None = None,
 ) -> Rope:
     """The rotation of a config: `rope_theta` and `rope_scaling`, or `rope_parameters`, their later form, which may hold
     one dictionary for each `kind` of layer; what `rope_scaling` says beside it (hf_overrides) comes first.
-    `scaled=False`: this kind of layer ignores `rope_scaling`. `dim`, `theta`, `max_positions`: if not the usual ones. `share`: of a head's
-    numbers this part is rotated, unless `partial_rotary_factor` says otherwise; None: the family rotates all, always."""
+    `scaled=False`: this kind of layer ignores `rope_scaling`. `dim`, `theta`, `max_positions`: if not the usual ones. `share`:
+    of a head's numbers this part is rotated, unless `partial_rotary_factor` says otherwise; None: the family rotates all,
+    always. `base`: theta, whatever these keys say."""
     scaling, parameters = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
     parameters = (parameters.get(kind, parameters) if kind else parameters) or {}
     if scaled and scaling:
@@ -238,7 +240,7 @@ def rope(
         parameters = {**parameters, **scaling, "rope_type": kind}
     trained = hf.get("original_max_position_embeddings")  # beside the dictionary, as Phi-3 has it
     parameters = {**parameters, "original_max_position_embeddings": trained} if trained else parameters
-    theta = hf.get(theta_key) or parameters.get("rope_theta") or theta  # the older key: an override, where both are there
+    theta = base or hf.get(theta_key) or parameters.get("rope_theta") or theta  # the older key is an override
     dim = dim or head_dim(hf)
     if share is not None:
         parameters = dict(parameters)

@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_gpu.tuning import configuration
 
 
 # A jit of its own: a step calls this once a layer, and traces it once.
-@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "device_kind", "interpret"))
+@partial(jax.jit, static_argnames=("scale", "window", "chunk", "soft_cap", "device_kind", "interpret"))
 def paged_attention(
     q: Array,
     k_pages: Array,
@@ -28,6 +28,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     soft_cap: float | None = None,
     sinks: Array | None = None,
     alibi: Array | None = None,
@@ -37,6 +38,8 @@ def paged_attention(
     interpret: bool,
 ) -> tuple[Array, Array]:
     """See `pallas_kernels.ops.paged_attention`. device_kind: of the jax.Device: what block sizes are good depends on it."""
+    if chunk is not None:
+        raise NotImplementedError(f"mosaic_gpu has no attention within chunks of {chunk} positions; the backend triton has")
     if k_scales is not None or v_scales is not None:
         raise NotImplementedError(f"mosaic_gpu has no quantised caches such as {k_pages.dtype}; the backend triton has")
     (T, H, D), (_, page_size, G, _), (R, _) = q.shape, k_pages.shape, page_table.shape

@@ -27,7 +27,7 @@ Walk = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 # A jit of its own: a step calls this once a layer, and tracing it thirty times is most of the time a warm start takes.
-@partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
+@partial(jax.jit, static_argnames=("scale", "window", "chunk", "soft_cap"))
 def paged_attention(
     q: Float[Array, "T H D"],
     k_pages: Num[Array, "P K G D"],
@@ -39,6 +39,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
     alibi: Float[Array, " H"] | None = None,
@@ -51,9 +52,11 @@ def paged_attention(
     keys, values = _reader(k_pages, k_scales), _reader(v_pages, v_scales)
     page_size = k_pages.shape[1]
 
+    first_seen = None if window is None and chunk is None else partial(_first_seen, window=window, chunk=chunk)
+
     def walk(queries: Array, positions: Array, rows: Array) -> tuple[Array, Array]:
         pages = page_table.at[rows].get(mode="clip")
-        return _walk(queries, positions, pages, keys, values, page_size, scale, window, soft_cap, sinks, alibi)
+        return _walk(queries, positions, pages, keys, values, page_size, scale, first_seen, soft_cap, sinks, alibi)
 
     out, lse = _decodes(q, kv_lens, counts, walk)
     if T == 1:  # a chunk has at least two tokens
@@ -61,6 +64,12 @@ def paged_attention(
     chunk_out, chunk_lse = _chunks(q, kv_lens, query_start, counts, walk)
     is_decode = jnp.arange(T)[:, None] < counts[0]
     return jnp.where(is_decode[..., None], out, chunk_out), jnp.where(is_decode, lse, chunk_lse)
+
+
+def _first_seen(positions: Array, window: int | None, chunk: int | None) -> Array:
+    """The first place that each position sees; it never falls as positions rise. -1, of no query, gives anything."""
+    first = jnp.zeros_like(positions) if window is None else jnp.maximum(positions - window + 1, 0)
+    return first if chunk is None else jnp.maximum(first, positions // chunk * chunk)
 
 
 def _decodes(q: Array, kv_lens: Array, counts: Array, walk: Walk) -> tuple[Array, Array]:
@@ -136,13 +145,13 @@ def _walk(
     values: Callable[[Array], Array],
     K: int,
     scale: float,
-    window: int | None,
+    first_seen: Callable[[Array], Array] | None,
     soft_cap: float | None,
     sinks: Array | None,
     alibi: Array | None,
 ) -> tuple[Array, Array]:
     """Attention of N rows with Q queries each. queries [N, Q, H, D], positions [N, Q] (-1: an unused row), pages
-    [N, M] of K tokens. Returns out [N, Q, H, D] and lse [N, Q, H]."""
+    [N, M] of K tokens; first_seen: of positions, None: they see all before them. Returns out [N, Q, H, D] and lse [N, Q, H]."""
     N, Q, H, D = queries.shape
     G = jax.eval_shape(keys, pages).shape[-2]
     per_block = _pages_a_block(K)
@@ -151,10 +160,10 @@ def _walk(
     # The queries of one kv head together: [N, G, Q * H/G, D], so that each block is one matrix product a head.
     x = queries.reshape(N, Q, G, H // G, D).transpose(0, 2, 1, 3, 4).reshape(N, G, -1, D).astype(jnp.float32) * scale
     last = jnp.repeat(positions, H // G, axis=1)[:, None]  # [N, 1, Q * H/G]
-    first_block = 0 if window is None else jnp.maximum(jnp.min(positions) - window + 1, 0) // size
+    first_block = 0 if first_seen is None else jnp.maximum(first_seen(jnp.min(positions)), 0) // size
     num_blocks = jnp.max(positions) // size + 1
     longest = jnp.max(positions, axis=1)[:, None]
-    oldest = jnp.min(positions, axis=1)[:, None] - (longest if window is None else window - 1)
+    oldest = jnp.zeros_like(longest) if first_seen is None else first_seen(jnp.min(positions, axis=1)[:, None])
 
     def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         m, l, acc = carry
@@ -170,8 +179,8 @@ def _walk(
         if alibi is not None:
             s += per_head(alibi)[..., None] * (at[None, None, None] - last[..., None]).astype(jnp.float32)
         seen = at[None, None, None] <= last[..., None]
-        if window is not None:
-            seen &= at[None, None, None] > last[..., None] - window
+        if first_seen is not None:
+            seen &= at[None, None, None] >= first_seen(last)[..., None]
         s = jnp.where(seen, s, MASKED)
         m_new = jnp.maximum(m, s.max(-1))
         shrink = jnp.exp(m - m_new)

@@ -16,7 +16,7 @@ from pallas_kernels.triton.tile import Cache, Static
 
 
 # A jit of its own: a step calls this once a layer, and traces it once.
-@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "capability", "interpret"))
+@partial(jax.jit, static_argnames=("scale", "window", "chunk", "soft_cap", "capability", "interpret"))
 def paged_attention(
     q: Array,
     k_pages: Array,
@@ -28,6 +28,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     soft_cap: float | None = None,
     sinks: Array | None = None,
     alibi: Array | None = None,
@@ -43,9 +44,9 @@ def paged_attention(
     float32 = lambda x: None if x is None else x.astype(jnp.float32)
     sinks, alibi = float32(sinks), float32(alibi)
     cache = Cache(k_pages, v_pages, k_scales, v_scales, page_table)
-    static = Static(ratio, D, page_size, scale, window, soft_cap)
+    static = Static(ratio, D, page_size, scale, window, chunk, soft_cap)
     sizes = static.padded_dim, q.dtype.itemsize
-    splits = plan(page_table.shape[1] * page_size, window, kv_lens, counts[0])
+    splits = plan(page_table.shape[1] * page_size, static, kv_lens, counts[0])
     out, lse = decode(q, cache, kv_lens, splits, sinks, alibi, static=static, blocks=decode_blocks(*sizes), interpret=interpret)
     return prefill(q, cache, kv_lens, query_start, counts, sinks, alibi, out, lse, static=static,
                    blocks=_fitted(prefill_blocks(*sizes, capability or HOPPER), T, ratio), interpret=interpret)  # fmt: skip

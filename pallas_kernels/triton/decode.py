@@ -35,24 +35,24 @@ class Splits(NamedTuple):
     merged_ends: Array  # rows among 0 .. r that have several
 
 
-def plan(num_tokens: int, window: int | None, kv_lens: Array, num_decode: Array) -> Splits:
+def plan(num_tokens: int, static: Static, kv_lens: Array, num_decode: Array) -> Splits:
     """num_tokens: the longest sequence that the page table can hold (static)."""
-    size, most = MIN_SPLIT, _splits(num_tokens, window, MIN_SPLIT)
+    size, most = MIN_SPLIT, _splits(num_tokens, static.span, MIN_SPLIT)
     while most > MAX_SPLITS:
         size *= 2
-        most = _splits(num_tokens, window, size)
+        most = _splits(num_tokens, static.span, size)
     R = kv_lens.shape[0]
     lengths = jnp.where(jnp.arange(R) < num_decode, kv_lens, 0)
-    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0) // size
+    first = tile.first_seen(static, jnp.maximum(lengths - 1, 0)) // size
     number = (lengths + size - 1) // size - first
     total = lambda x: jnp.cumsum(x, dtype=jnp.int32)
     return Splits(size, most, first, total(number), total((number > 1).astype(jnp.int32)))
 
 
-def _splits(num_tokens: int, window: int | None, size: int) -> int:
+def _splits(num_tokens: int, span: int | None, size: int) -> int:
     """How many splits a row may have; those that a window touches are one more than it would fill."""
     most = -(-num_tokens // size)
-    return most if window is None else min(most, (window + size - 2) // size + 1)
+    return most if span is None else min(most, (span + size - 2) // size + 1)
 
 
 def decode(
@@ -130,8 +130,8 @@ def _programs(
         q = tile.load(q_ref.at[row, heads[:, None], d[None, :]], mask)
         at = jnp.zeros_like(heads) + n - 1
         slopes = tile.load(refs["alibi"].at[heads], exist) if "alibi" in refs else None
-        low = jnp.zeros_like(heads) if static.window is None else at - (static.window - 1)
-        start = begin if static.window is None else jnp.maximum(begin, n - static.window)
+        low = tile.first_seen(static, at)
+        start = begin if static.span is None else jnp.maximum(begin, tile.first_seen(static, n - 1))
 
         def one(j: Array, softmax: Softmax) -> Softmax:
             return tile.step(

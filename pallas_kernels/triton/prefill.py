@@ -2,7 +2,7 @@
 
 The query heads of a key/value head are packed with the queries into the rows of one matrix, so that keys and values are
 read once for all of them. The loop over keys has up to three sections, so that tiles which every query sees whole pay no
-mask: those cut by the window, the whole ones, those cut by causality.
+mask: those cut by the window or by the beginning of a chunk of positions, the whole ones, those cut by causality.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def _attend(
 ) -> Softmax:  # fmt: skip
     """All keys, N at a time, that queries at positions lowest .. highest see."""
     cache = Cache(refs["k_pages"], refs["v_pages"], refs.get("k_scales"), refs.get("v_scales"), refs["page_table"])
-    low = jnp.zeros_like(at) if static.window is None else at - (static.window - 1)
-    oldest = jnp.int32(0) if static.window is None else jnp.maximum(lowest - (static.window - 1), 0)
+    low = tile.first_seen(static, at)
+    oldest = tile.first_seen(static, lowest)
 
     def section(whole: bool):
         def one(i: Array, softmax: Softmax) -> Softmax:
@@ -145,9 +145,9 @@ def _attend(
     whole_stop = (lowest + 1) // N  # before it, every key is at or before the first query
     softmax = Softmax.start(q.shape[0], static.padded_dim)
     begin = jnp.int32(0)
-    if static.window is not None:
+    if static.span is not None:
         begin = oldest // N
-        whole_begin = (jnp.maximum(highest - (static.window - 1), 0) + N - 1) // N
+        whole_begin = (tile.first_seen(static, highest) + N - 1) // N
         whole_begin = jnp.clip(whole_begin, begin, stop)
         softmax = lax.fori_loop(begin, whole_begin, section(False), softmax)
         begin, whole_stop = whole_begin, jnp.maximum(whole_stop, whole_begin)

@@ -21,7 +21,13 @@ class Static(NamedTuple):
     page_size: int
     scale: float
     window: int | None
+    chunk: int | None
     soft_cap: float | None
+
+    @property
+    def span(self) -> int | None:
+        """The most keys that a query sees; None: all before it."""
+        return min((n for n in (self.window, self.chunk) if n is not None), default=None)
 
     @property
     def padded_dim(self) -> int:
@@ -63,6 +69,12 @@ def divide(t: Array, size: int) -> tuple[Array, Array]:
         return t >> (size.bit_length() - 1), t & (size - 1)
     whole = jnp.full_like(t, size)
     return lax.div(t, whole), lax.rem(t, whole)
+
+
+def first_seen(static: Static, at: Array) -> Array:
+    """The first key that a query at a position >= 0 sees; it never falls as positions rise."""
+    first = jnp.zeros_like(at) if static.window is None else jnp.maximum(at - (static.window - 1), 0)
+    return first if static.chunk is None else jnp.maximum(first, at - divide(at, static.chunk)[1])
 
 
 def both(rows: Array | None, columns: Array | None, shape: tuple[int, int]) -> Array | None:

@@ -1,5 +1,6 @@
-from families import Row
 from hub_form import published
+
+from families import Row
 
 SIZES = {"vocab_size": 101, "hidden_size": 48, "n_layer": 2, "n_head": 4}
 OLD_KEYS = {"hidden_size": None, "n_embed": 48, "n_head": None, "num_attention_heads": 6, "n_layer": None,

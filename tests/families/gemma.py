@@ -1,5 +1,6 @@
-from families import WINDOW, Row
 from hub_form import published
+
+from families import WINDOW, Row
 
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 24}

@@ -1,5 +1,6 @@
-from families import Row
 from hub_form import published
+
+from families import Row
 
 SIZES = {"vocab_size": 101, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}
 SCALES = {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "scale_attn_weights": False}

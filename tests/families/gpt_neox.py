@@ -1,5 +1,6 @@
-from families import SIZES, Row
 from hub_form import published
+
+from families import SIZES, Row
 
 OWN = {key: SIZES[key] for key in SIZES if key not in ("num_key_value_heads", "head_dim")}
 SEQUENTIAL = {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}

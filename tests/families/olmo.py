@@ -1,5 +1,6 @@
-from families import WINDOW, Row
 from hub_form import published
+
+from families import WINDOW, Row
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 1.0,
         "attention_factor": 1.2}  # fmt: skip

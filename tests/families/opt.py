@@ -1,5 +1,6 @@
-from families import Row
 from hub_form import published
+
+from families import Row
 
 SIZES = {"vocab_size": 101, "hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 512}  # fmt: skip

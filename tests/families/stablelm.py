@@ -1,5 +1,5 @@
-from families import Row
 from families import SIZES as ALL
+from families import Row
 
 SIZES = {**{key: ALL[key] for key in ALL if key != "head_dim"}, "partial_rotary_factor": 0.5}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0, "original_max_position_embeddings": 128,
