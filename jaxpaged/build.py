@@ -171,10 +171,11 @@ def _limits(config: EngineConfig, decoder_config: DecoderConfig, reaches: tuple[
         max_model_len=int(config.max_model_len or 0),
         vocab_size=decoder_config.vocab_size,
         policy=config.scheduling_policy,
-        enable_prefix_caching=config.enable_prefix_caching,
-        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        enable_prefix_caching=config.enable_prefix_caching and decoder_config.causal,
+        long_prefill_token_threshold=config.long_prefill_token_threshold if decoder_config.causal else 0,
         reaches=reaches,
         max_loras=config.num_loras,
+        whole_prompts=not decoder_config.causal,
     )
 
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-FORMS = ('a folder with config.json and safetensors, or of `jaxpaged convert`; a .gguf file; a Hugging Face id "owner/name"; '
-         'or "demo" / "demo-gemma3"')  # fmt: skip
+FORMS = ('a folder with config.json and safetensors; a .gguf file; a Hugging Face id "owner/name"; '
+         'a folder that `jaxpaged convert` has written; or "demo" / "demo-gemma3"')  # fmt: skip
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_COPIES = ("*/*", "consolidated*")  # the same weights again in another layout

@@ -83,14 +83,26 @@ class Pages(NamedTuple):
     offsets: Array  # [T]
 
 
+class Ragged(NamedTuple):
+    """Which tokens are whose: see `pallas_kernels.ops.paged_attention`."""
+
+    query_start: Array
+    counts: Array
+    row_of_token: Array
+
+
 class PagedStep:
     """The decoder's `Step` over pages: writes the step's keys and values, then attends. Lives for one trace; the written
     caches are collected in `caches`."""
 
     def __init__(self, config: DecoderConfig, layout: Layout, ops: Ops, caches: Sequence[Array], groups: Sequence[Pages],
-                 query_start: Array, counts: Array, adapters: Sorted | None = None):  # fmt: skip
+                 ragged: Ragged, adapters: Sorted | None = None):  # fmt: skip
         self.config, self.layout, self.ops, self.groups, self.adapters = config, layout, ops, groups, adapters
-        self.query_start, self.counts = query_start, counts
+        self.query_start, self.counts, self._row = ragged.query_start, ragged.counts, None
+        if not config.causal:  # a query that sees all of its sequence is what a decode's is: each is a row of its own
+            T = len(ragged.row_of_token)
+            self.query_start, self._row = jnp.arange(T + 1, dtype=jnp.int32), ragged.row_of_token
+            self.counts = jnp.full((2,), ragged.query_start[-1], jnp.int32)
         count = len(caches) // layout.size
         self._caches = [list(caches[i * count : (i + 1) * count]) for i in range(layout.size)]
 
@@ -124,10 +136,11 @@ class PagedStep:
             more["alibi"] = jnp.asarray(spec.alibi, jnp.float32)
         if place.chunk is not None:
             more["chunk"] = place.chunk
-        out, _ = self.ops.paged_attention(
-            q, k_pages, v_pages, of.page_table, of.kv_lens, self.query_start, self.counts, scale=spec.scale,
-            window=place.window, soft_cap=spec.soft_cap, **more,
-        )  # fmt: skip
+        table, lengths = of.page_table, of.kv_lens
+        if self._row is not None:
+            table, lengths = (x.at[self._row].get(mode="fill", fill_value=0) for x in (table, lengths))
+        out, _ = self.ops.paged_attention(q, k_pages, v_pages, table, lengths, self.query_start, self.counts, scale=spec.scale,
+                                          window=place.window, soft_cap=spec.soft_cap, **more)  # fmt: skip
         return out
 
     def grouped_matmul(self, x: Array, w: Array, group_sizes: Array) -> Array:

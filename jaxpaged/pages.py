@@ -285,18 +285,27 @@ def publish_tail(pool: Pool, page: int, parent: Key, tokens: tuple[int, ...]) ->
         return pool
     old = pool.tails.get(parent)
     if old is not None and old.page != page:
-        pool = forget_tail(pool, old.page)
+        pool = forget(pool, [old.page])
     return pool._replace(tails=pool.tails.set(parent, Tail(page, tokens)), key_of=pool.key_of.set(page, (parent, True)),
                          valid=pool.valid.set(page, len(tokens)))  # fmt: skip
 
 
-def forget_tail(pool: Pool, page: int) -> Pool:
-    """Unpublishes a tail; if nobody holds the page it is blank then."""
-    cached = pool.refs.read()[page] == 0
-    pool = unpublish(pool, [page])
+def filed(pool: Pool, tokens: np.ndarray, salt: str, num_groups: int) -> list[int]:
+    """The pages that can be found by `tokens`, of any group."""
+    full, parent, found = pool.full.read(), root(salt), list[int]()
+    for words in split(tokens, pool.page_size):
+        parent = page_key(parent, words)
+        found += [full[key] for key in (of_group(parent, g) for g in range(num_groups)) if key in full]
+    return found
+
+
+def forget(pool: Pool, pages: Sequence[int]) -> Pool:
+    """Unpublishes pages; those that nobody holds are blank then."""
+    cached = [page for page in pages if pool.stamp.read()[page] >= 0]
+    pool = unpublish(pool, pages)
     if not cached:
         return pool
-    return _stack(pool._replace(stamp=pool.stamp.set(page, -1)), np.array([page]))
+    return _stack(pool._replace(stamp=pool.stamp.set(np.asarray(cached), -1)), np.asarray(cached))
 
 
 def reset(pool: Pool) -> Pool:

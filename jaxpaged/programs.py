@@ -27,7 +27,7 @@ from jax import Array
 
 from jaxpaged import packing, sampler
 from jaxpaged.batch import Bucket, Edits, Sampling, Variant
-from jaxpaged.kv_cache import Layout, PagedStep, Pages
+from jaxpaged.kv_cache import Layout, PagedStep, Pages, Ragged
 from jaxpaged.models.adapters import NO_ADAPTERS, Slots, Sorted, sort
 from jaxpaged.models.decoder import Decoder, head_logits
 from jaxpaged.models.spec import DecoderConfig
@@ -110,7 +110,7 @@ def make_forward(graph: nnx.GraphDef, treedef: Any, config: DecoderConfig, kv: L
         carried = last_token.at[slot].get(mode="fill", fill_value=0)
         tokens = jnp.where(b["carried"], carried, b["tokens"])
         adapters = _adapters(b, dims) if adapted else None
-        step = PagedStep(config, kv, ops, caches, _groups(b, dims), b["query_start"], b["counts"], adapters)
+        step = PagedStep(config, kv, ops, caches, _groups(b, dims), Ragged(*(b[name] for name in Ragged._fields)), adapters)
         decoder: Decoder = nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
         hidden = decoder.hidden(tokens, b["positions"], step)
         last = jnp.maximum(b["query_start"][1:] - 1, 0)

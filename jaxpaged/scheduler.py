@@ -65,6 +65,8 @@ def check_fits(limits: Limits, request: Request) -> None:
     """RequestError if the request could not even run alone: it would wait for ever."""
     if request.adapter is not None and not limits.max_loras:
         raise RequestError("LoRA adapters are off; start with enable_lora=True (--enable-lora).", "lora_request")
+    if limits.whole_prompts:
+        _check_whole(limits, request)
     K, usable = limits.page_size, limits.num_pages - 1
     last = request.pooling is None  # the last token that is sampled needs no place in the cache
     longest = min(limits.tokens_in(usable) + last, limits.max_model_len)
@@ -80,6 +82,15 @@ def check_fits(limits: Limits, request: Request) -> None:
         f"tokens, the cache has {usable:,} and max_model_len is {limits.max_model_len:,}; {remedy}, or give the cache more "
         "memory.", param,
     )  # fmt: skip
+
+
+def _check_whole(limits: Limits, request: Request) -> None:
+    if request.pooling is None:
+        raise RequestError("this model is not causal: it makes vectors of texts (embed, /v1/embeddings) and does not generate.")
+    if len(request.prompt) > limits.max_num_batched_tokens:
+        raise RequestError(f"the prompt has {len(request.prompt):,} tokens and must be computed in one step, of at most "
+                           f"{limits.max_num_batched_tokens:,} tokens, as this model is not causal; shorten it or raise "
+                           "max_num_batched_tokens.", "prompt")  # fmt: skip
 
 
 def add(state: State, request: Request) -> State:
@@ -139,14 +150,17 @@ def _adapters_in_use(state: State) -> np.ndarray:
 
 
 def _end(state: State, slot: int, trusted: bool = True) -> State:
-    """Frees a slot and its pages. Its tail is published; if its content is not to be trusted, nothing of it stays."""
+    """Frees a slot and its pages. Its tail is published; if its content is not to be trusted, nothing of it stays, also of the
+    pages that it has given back before."""
     seats, held = state.seats, held_by(state, slot)
     request = state.requests.read()[slot]
     if trusted:
         state = publish.tail(state, slot, int(min(seats.num_computed[slot], seats.num_known[slot])))
         pool = state.pool
     else:
-        pool = pages.unpublish(state.pool, held.tolist())
+        known = state.tokens.read()[slot, : seats.num_known[slot]]
+        given_back = pages.filed(state.pool, known, request.salt, len(state.limits.reaches))
+        pool = pages.forget(state.pool, list({*held.tolist(), *given_back}))
     changed = copied(seats, "active", "num_pages", "generation")
     changed.active[slot], changed.num_pages[slot] = False, 0
     changed.generation[slot] += 1
@@ -277,7 +291,7 @@ def _preempt_newest(state: State) -> tuple[State, str]:
 
 
 def _admit(state: State, draft: Draft) -> State:
-    free = np.flatnonzero(~state.seats.active).tolist()
+    free, limits = np.flatnonzero(~state.seats.active).tolist(), state.limits
     added: list[tuple[int, int]] = []
     while free and draft.budget > 0:
         state, waiting = queue.peek(state)
@@ -285,6 +299,8 @@ def _admit(state: State, draft: Draft) -> State:
             break
         place = residents.place(state.residents, _adapters_in_use(state), waiting.request.adapter)
         found = seating.match(state, waiting)
+        if limits.whole_prompts and draft.budget < len(waiting.tokens):
+            break
         if place is None or not seating.has_room(state, waiting, found):
             break
         state = seating.lodge(state, free[0], place, waiting.request, draft)

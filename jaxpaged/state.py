@@ -47,7 +47,8 @@ NEVER, ALWAYS = np.iinfo(np.int32).min, np.iinfo(np.int32).max  # of edits_until
 @dataclass(frozen=True)
 class Limits:
     """The fixed sizes of a scheduler. num_pages counts the null page. reaches: of the groups of layers (see `reach`).
-    max_loras: adapters that are on the device at once."""
+    max_loras: adapters that are on the device at once. whole_prompts: a prompt is computed in one step, and only to be pooled
+    (tokens see those that come after them)."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -60,6 +61,7 @@ class Limits:
     long_prefill_token_threshold: int = 0
     reaches: tuple[Reach, ...] = EVERYTHING
     max_loras: int = 0
+    whole_prompts: bool = False
 
     @property
     def max_pages_per_seq(self) -> int:

@@ -90,12 +90,14 @@ def test_auto_does_not_hide_mistakes_and_names_every_limit(backends):
 # -- limits ----------------------------------------------------------------------------------------------------------------
 
 
-def attention(backend: Ops, D: int = 64, dtype=jnp.bfloat16, kv_dtype=None, P: int = 4, page_size: int = 16):
+def attention(backend: Ops, D: int = 64, dtype=jnp.bfloat16, kv_dtype=None, P: int = 4, page_size: int = 16,
+              chunk: int | None = None):  # fmt: skip
     """Traces a call; nothing runs."""
     S, i = jax.ShapeDtypeStruct, jnp.int32
     pages = S((P, page_size, 2, D), kv_dtype or dtype)
     named = {name: S(pages.shape[:3], jnp.float32) for name in ("k_scales", "v_scales") if kv_dtype}
-    run = lambda *arrays, **named: pallas_kernels.paged_attention(*arrays, **named, scale=1.0, implementation=backend)
+    static = dict(scale=1.0, chunk=chunk, implementation=backend)
+    run = lambda *arrays, **named: pallas_kernels.paged_attention(*arrays, **named, **static)
     return jax.eval_shape(run, S((8, 4, D), dtype), pages, pages, S((2, 4), i), S((2,), i), S((3,), i), S((2,), i), **named)
 
 
@@ -115,6 +117,7 @@ def test_triton_names_what_it_cannot(device, options, message):
     (dict(dtype=jnp.float32), "mosaic_gpu.*float"),
     (dict(kv_dtype=jnp.int8), "mosaic_gpu has no quantised caches such as int8; the backend triton has"),
     (dict(page_size=5), "mosaic_gpu.*pages"),
+    (dict(chunk=96), "mosaic_gpu has no attention within chunks of 96 positions; the backend triton has"),
 ])  # fmt: skip
 def test_mosaic_names_what_it_cannot(options, message):
     with pytest.raises(NotImplementedError, match=message) as error:

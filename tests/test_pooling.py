@@ -8,7 +8,7 @@ import test_llm
 import tiny_hf as models
 import torch
 from fakes import EMBED_DIM, FakeRunner, paper_tokens, paper_vector
-from families import Row
+from families import Row, rows
 from families.qwen import SLIDING
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -372,7 +372,7 @@ def test_nan_weights_end_the_request_with_an_error(llm):
 
     runner = llm.engine.runner
     weights = runner._leaves
-    runner._leaves = tuple(jnp.full_like(leaf, jnp.nan) for leaf in weights)
+    runner._leaves = {path: jnp.full_like(leaf, jnp.nan) for path, leaf in weights.items()}
     try:
         outputs = llm.embed(PROMPTS[1:3], [RAW, MEAN], use_tqdm=False)
     finally:
@@ -393,3 +393,35 @@ def test_parameters_one_for_all_or_one_a_prompt(llm):
         llm.generate(PROMPTS[:2], RAW)
     with pytest.raises(RequestError, match="dimensions=49 is more than the 48 numbers"):
         llm.embed(PROMPTS[:2], PoolingParams(dimensions=49))
+
+
+# -- models that are not causal ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Llama", "GPTNeoX"])
+def test_tokens_see_those_after_them(tmp_path, family):
+    """is_causal=False: vectors equal those of transformers' own layers under a mask that hides nothing."""
+    row = next(row for door in rows().values() for row in door if row.config == family)
+    whole = models.make(tmp_path, row)
+    prompts = [p[:100] for p in PROMPTS[1:]]
+    with load(tmp_path, hf_overrides={"is_causal": False}, max_num_batched_tokens=128) as llm:
+        found = {kind: embed(llm, prompts, PoolingParams(kind, use_activation=False)) for kind in ("last", "mean")}
+        again = embed(llm, prompts[::-1], MEAN)[::-1]
+        with pytest.raises(RequestError, match="this model is not causal: it makes vectors"):
+            llm.generate(prompts, SamplingParams(), use_tqdm=False)
+        long = [1] * (llm.config.max_num_batched_tokens + 1)
+        with pytest.raises(RequestError, match=rf"has {len(long)} tokens and must be computed in one step, of at most"):
+            llm.embed([long], RAW, use_tqdm=False)
+    for i, prompt in enumerate(prompts):
+        nothing = torch.zeros(1, 1, len(prompt), len(prompt))
+        with torch.inference_mode():
+            states = whole.base_model(torch.as_tensor([prompt]), attention_mask=nothing).last_hidden_state[0].numpy()
+        assert models.errors(found["last"][i], states[-1]) < 1e-5
+        assert models.errors(found["mean"][i], states.mean(0)) < 1e-5
+    assert models.errors(again, found["mean"]).max() < 1e-5
+
+
+def test_what_cannot_be_without_causality_is_refused(tmp_path):
+    models.make(tmp_path, next(row for row in rows()["gemma"] if row.name == "gemma3"))
+    with pytest.raises(ValueError, match="is_causal=False is not supported with sliding windows"):
+        load(tmp_path, hf_overrides={"is_causal": False})

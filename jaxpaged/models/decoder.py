@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
         return head_logits(((self.head or self.embed).weight[...], *bias), hidden, self.config)
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float32[Array, "B T V"]:
-        """Whole sequences, causal, without a cache: tokens int32 [B, T] -> logits float32 [B, T, V]."""
+        """Whole sequences, without a cache: tokens int32 [B, T] -> logits float32 [B, T, V]."""
         step, positions = WholeSequence(self.config), jnp.arange(tokens.shape[1], dtype=jnp.int32)
         of_row = lambda row: self.logits(self.hidden(row, positions, step))
         if any(isinstance(layer.mlp, MoESpec) for layer in self.config.layers):
@@ -135,7 +135,7 @@ def head_logits(head: Sequence[Array], hidden: Float[Array, "E R"], config: Deco
 
 
 class WholeSequence:
-    """The cacheless `Step`: causal attention among the tokens at hand, for training and as an oracle."""
+    """The cacheless `Step`: attention among the tokens at hand, for training and as an oracle."""
 
     def __init__(self, config: DecoderConfig):
         self.config = config
@@ -149,7 +149,7 @@ class WholeSequence:
         scores = jnp.einsum("sgqd,tgd->gqst", x, k.astype(jnp.float32))
         if s.soft_cap is not None:
             scores = s.soft_cap * jnp.tanh(scores / s.soft_cap)
-        scores = jnp.where(_seen(spec, T)[None, None], scores + _bias(s, G, T), -jnp.inf)
+        scores = jnp.where(_seen(spec, self.config.causal, T)[None, None], scores + _bias(s, G, T), -jnp.inf)
         if sinks is not None:
             column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(G, -1, 1, 1), (*scores.shape[:3], 1))
             scores = jnp.concatenate([scores, column], axis=-1)
@@ -166,10 +166,10 @@ class WholeSequence:
         return None
 
 
-def _seen(spec: LayerSpec, T: int) -> Array:
+def _seen(spec: LayerSpec, causal: bool, T: int) -> Array:
     """[T, T]: does the query (first axis) see the key?"""
     query, key = jnp.arange(T)[:, None], jnp.arange(T)[None]
-    seen = key <= query
+    seen = (key <= query) | (not causal)
     if spec.window is not None:
         seen &= key > query - spec.window
     if spec.chunk is not None:

@@ -170,6 +170,12 @@ class DecoderConfig:
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     tie: bool = False  # the head is the embedding
+    causal: bool = True  # a token sees those before it; False: all of the sequence, to make vectors of texts
+
+    def __post_init__(self) -> None:
+        limited = any(s.window or s.chunk or s.attention.alibi for s in self.layers)
+        if not self.causal and limited:
+            raise ValueError("is_causal=False is not supported with sliding windows, chunked attention or ALiBi.")
 
     def for_length(self, max_model_len: int) -> DecoderConfig:
         """The decoder for sequences of at most so many tokens: a rotation that was scaled for longer ones may differ."""

@@ -162,6 +162,7 @@ def decoder(hf: HF, layers: tuple[LayerSpec, ...], **choices: Any) -> DecoderCon
         "embed_dim": hf["hidden_size"],
         "layers": layers,
         "tie": bool(hf.get("tie_word_embeddings", False)),
+        "causal": hf.get("is_causal") is not False,
     }
     if "max_positions" not in choices:
         base["max_positions"] = hf["max_position_embeddings"]
