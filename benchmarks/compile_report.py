@@ -104,8 +104,11 @@ def _write(kv: str) -> tuple[Any, ...]:
     return call, (pages, pages, scales, new, new, places, places), (0, 1, 2)
 
 
+LORA = (("A, rank 3 x 16", 4096, 48), ("B, rank 3 x 16", 48, 6144), ("A, rank 8", 4096, 8), ("B, rank 8", 8, 4096))
+
+
 def helper_cases() -> Iterator[Case]:
-    """Sampling, experts, quantised weights."""
+    """Sampling, experts, adapters, quantised weights."""
     from benchmarks.kernel_cases import EXPERTS, SAMPLES, WEIGHTS
 
     for gpu in target.ARCHITECTURES:
@@ -115,6 +118,8 @@ def helper_cases() -> Iterator[Case]:
         for name, T, E, F, X in EXPERTS:
             wgmma = ("grouped_matmul",) if hopper and T >= 16384 else ()
             yield Case(f"grouped_matmul, {name}, {T} rows", "triton", gpu, partial(_grouped, T, E, F, X), wgmma)
+        for name, E, F in LORA:
+            yield Case(f"grouped_matmul, LoRA's {name}", "triton", gpu, partial(_grouped, 256, E, F, 4), ())
         for w in WEIGHTS:
             wgmma = ("quantized_matmul",) if hopper and w.T >= 64 else ()
             name = f"quantized_matmul, int{w.bits}, {w.F} outputs, {w.T} rows"

@@ -1,13 +1,9 @@
 """docs/models.md, made of the doors and of the rows that prove them: `python tests/models_table.py` writes it."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
 from families import Row, rows
 
 from jaxpaged.hf_config import HFConfig

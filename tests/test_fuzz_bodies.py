@@ -230,7 +230,9 @@ def long_bodies() -> Iterator[tuple[str, bytes, str]]:
 
 def fuzzed(seconds: float = 0.001) -> Service:
     engine = scripted_engine_with_vectors(lambda prompt: "word " * 2000, seconds=seconds, max_model_len=1024)
-    return Service(AsyncEngine(engine), ServerOptions(tool_call_parser="hermes", allow_runtime_lora_updating=True), ["scripted"])
+    return Service(
+        AsyncEngine(engine), ServerOptions(tool_call_parser="hermes", allow_runtime_lora_updating=True), ["scripted"]
+    )
 
 
 class Reader(threading.Thread):

@@ -4,7 +4,10 @@ from families import WINDOW, Row
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 1.0,
         "attention_factor": 1.2}  # fmt: skip
-TWO = {"full_attention": {**YARN, "rope_theta": 500000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0}}
+TWO = {
+    "full_attention": {**YARN, "rope_theta": 500000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+}
 FOUR = {"sliding_window": WINDOW, "num_hidden_layers": 4, "rope_parameters": TWO}
 HUB = published({}, {"layer_types": None, "rope_parameters": None, "rope_scaling": YARN, "rope_theta": 500000})
 ROWS = (
