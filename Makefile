@@ -44,11 +44,15 @@ gpu-check:
 demo: $(VENV)/.installed
 	@$(BIN)/jaxpaged demo
 
+# Many small models, each by itself: two at a time. The others share servers and compiled engines, and some watch the clock.
+FAMILIES = tests/test_families.py tests/test_convert.py
+pytest = $(BIN)/python -m pytest -m $(1) $(FAMILIES:%=--ignore=%) && $(BIN)/python -m pytest -m $(1) -n 2 $(FAMILIES)
+
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(call pytest,"not slow")
 
 slow: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m slow
+	$(call pytest,slow)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .

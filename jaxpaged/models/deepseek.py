@@ -103,7 +103,5 @@ def names(config: DecoderConfig) -> tuple[Name, ...]:
         *standard.experts("mlp.experts"),
         Name(theirs + "mlp.gate.weight", ours + "mlp.router.weight"),
         Name(theirs + "mlp.gate.e_score_correction_bias", ours + "mlp.correction"),
-        *standard.linear(theirs + "mlp.shared_experts.gate_proj", ours + "mlp.shared.gate_up", 0, 2),
-        *standard.linear(theirs + "mlp.shared_experts.up_proj", ours + "mlp.shared.gate_up", 1, 2),
-        *standard.linear(theirs + "mlp.shared_experts.down_proj", ours + "mlp.shared.down"),
+        *standard.gated_mlp(theirs + "mlp.shared_experts", ours + "mlp.shared"),
     )

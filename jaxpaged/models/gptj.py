@@ -1,14 +1,18 @@
 """GPT-J (Wang & Komatsuzaki 2021): attention and MLP side by side after one norm, the first `rotary_dim` numbers of each head
-rotated in neighbouring pairs, a head with a bias."""
+rotated in neighbouring pairs, a head with a bias. CodeGen (Nijkamp et al. 2022): the same with queries, values and keys fused in
+four blocks, one for each of the four machines that it was trained with."""
+
+import numpy as np
 
 from jaxpaged.models import standard
 from jaxpaged.models.rope import DEFAULT_THETA, make_rope
 from jaxpaged.models.spec import AttentionSpec, DecoderConfig, MLPSpec
-from jaxpaged.models.standard import HF, Name
+from jaxpaged.models.standard import HF, Name, View
 
-MODEL_TYPES = ("gptj",)
+MODEL_TYPES = ("gptj", "codegen")
+BLOCKS = 4
 _ATTENTION = "transformer.h.{i}.attn."
-IGNORED = (_ATTENTION + "bias", _ATTENTION + "masked_bias", _ATTENTION + "embed_positions")
+IGNORED = (_ATTENTION + "bias", _ATTENTION + "masked_bias", _ATTENTION + "embed_positions", _ATTENTION + "causal_mask")
 
 
 def decoder_config(hf: HF) -> DecoderConfig:
@@ -19,6 +23,8 @@ def decoder_config(hf: HF) -> DecoderConfig:
     rotated = hf.get("rotary_dim", 64)
     if not rotated:
         raise ValueError(f"rotary_dim={rotated} is not supported; give the number of a head's dimensions that are rotated.")
+    if hf["model_type"] == "codegen" and dim % BLOCKS:
+        raise ValueError(f"n_embd={dim} is not supported; it must be a multiple of {BLOCKS}.")
     rope = make_rope(rotated, DEFAULT_THETA, interleaved=True)
     activation = standard.activation(hf.get("activation_function", "gelu_new"))
     mlp = MLPSpec(hf.get("n_inner") or 4 * dim, activation, gated=False, bias=True)
@@ -34,6 +40,20 @@ def decoder_config(hf: HF) -> DecoderConfig:
     )
 
 
+def _blocks() -> View:
+    """[4 blocks of q, v, k] -> q, k, v, along the first axis."""
+
+    def to_ours(x: np.ndarray) -> np.ndarray:
+        q, v, k = np.moveaxis(x.reshape(BLOCKS, 3, -1, *x.shape[1:]), 1, 0)
+        return np.stack([q, k, v]).reshape(x.shape)
+
+    def to_theirs(x: np.ndarray) -> np.ndarray:
+        q, k, v = x.reshape(3, BLOCKS, -1, *x.shape[1:])
+        return np.stack([q, v, k], axis=1).reshape(x.shape)
+
+    return View(to_ours, to_theirs)
+
+
 def names(config: DecoderConfig) -> tuple[Name, ...]:
     theirs, ours = "transformer.h.{i}.", "layers.{i}."
     qkv = [Name(f"{theirs}attn.{part}_proj.weight", ours + "attention.qkv.weight", k, 3) for k, part in enumerate("qkv")]
@@ -43,6 +63,7 @@ def names(config: DecoderConfig) -> tuple[Name, ...]:
         Name("lm_head.bias", "head_bias"),
         *standard.linear("transformer.ln_f", "norm"),
         *standard.linear(theirs + "ln_1", ours + "attention_norm"),
+        Name(theirs + "attn.qkv_proj.weight", ours + "attention.qkv.weight", view=_blocks()),
         *qkv,
         *standard.linear(theirs + "attn.out_proj", ours + "attention.out"),
         *standard.linear(theirs + "mlp.fc_in", ours + "mlp.up"),

@@ -87,20 +87,16 @@ def _experts(hf: HF) -> MoESpec:
 
 
 def names(config: DecoderConfig) -> tuple[Name, ...]:
-    theirs, ours = "model.layers.{i}.feed_forward.", "layers.{i}.mlp."
+    theirs, ours = "model.layers.{i}.feed_forward", "layers.{i}.mlp"
     transposed = standard.transposed()
     rules = (
         *standard.NAMES,
         *standard.PRE_NORM,
-        *standard.linear(theirs + "gate_proj", ours + "gate_up", 0, 2),
-        *standard.linear(theirs + "up_proj", ours + "gate_up", 1, 2),
-        *standard.linear(theirs + "down_proj", ours + "down"),
-        Name(theirs + "router.weight", ours + "router.weight"),
-        Name(theirs + "experts.gate_up_proj", ours + "gate_up.weight", view=transposed),
-        Name(theirs + "experts.down_proj", ours + "down.weight", view=transposed),
+        *standard.gated_mlp(theirs, ours),
+        Name(theirs + ".router.weight", ours + ".router.weight"),
+        Name(theirs + ".experts.gate_up_proj", ours + ".gate_up.weight", view=transposed),
+        Name(theirs + ".experts.down_proj", ours + ".down.weight", view=transposed),
         *standard.experts("feed_forward.experts"),  # as quantised checkpoints have them
-        *standard.linear(theirs + "shared_expert.gate_proj", ours + "shared.gate_up", 0, 2),
-        *standard.linear(theirs + "shared_expert.up_proj", ours + "shared.gate_up", 1, 2),
-        *standard.linear(theirs + "shared_expert.down_proj", ours + "shared.down"),
+        *standard.gated_mlp(theirs + ".shared_expert", ours + ".shared"),
     )
     return (*rules, *(rule._replace(pattern=WHOLE + rule.pattern) for rule in rules))
