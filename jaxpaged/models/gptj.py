@@ -1,6 +1,6 @@
 """GPT-J (Wang & Komatsuzaki 2021): attention and MLP side by side after one norm, the first `rotary_dim` numbers of each head
-rotated in neighbouring pairs, a head with a bias. CodeGen (Nijkamp et al. 2022): the same with queries, values and keys fused in
-four blocks, one for each of the four machines that it was trained with."""
+rotated in neighbouring pairs, a head with a bias. CodeGen (Nijkamp et al. 2022): the same with queries, values and keys fused
+in four blocks, one for each of the four machines that it was trained with."""
 
 import numpy as np
 

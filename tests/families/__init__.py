@@ -30,9 +30,9 @@ class Row:
     config: transformers' config class without "Config". changes: what its config gets beyond `sizes`. sizes: None for SIZES
     (names of its own, as GPT-2's n_embd, need sizes of their own). heads: the kinds of HEADS that the family has; each is set
     by the key `num_key_value_heads`. ties: values of tie_word_embeddings that it has. (The first of each is in the fast suite,
-    the other combinations are slow tests.) length: of the sequences, tokens. saved_as, convert: for a family that transformers does not
-    have: its model_type, and what makes a folder that transformers has saved (of `config`'s class) one of this family's.
-    attention: which of transformers' implementations is the reference.
+    the other combinations are slow tests.) length: of the sequences, tokens. saved_as, convert: for a family that
+    transformers does not have: its model_type, and what makes a folder that transformers has saved (of `config`'s class) one
+    of this family's. attention: which of transformers' implementations is the reference.
     """
 
     name: str
