@@ -22,6 +22,7 @@ FORMS = {
     "weights int8": {"quantization": "int8"},
     "weights fp8": {"quantization": "fp8"},
     "weights int4": {"quantization": "int4"},
+    "GGUF blocks": {"quantization": "gguf"},
     "KV cache int8": {"kv_cache_dtype": "int8"},
     "KV cache fp8": {"kv_cache_dtype": "fp8"},
 }
@@ -47,7 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--forms", nargs="*", default=[name for name in FORMS if name != "GGUF blocks"], choices=list(FORMS),
+                        help="GGUF blocks: of a GGUF file only")  # fmt: skip
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results = {}

@@ -73,6 +73,18 @@ def create(specs: Sequence[jax.ShapeDtypeStruct], device: jax.Device) -> list[Ar
         return [jax.device_put(jnp.zeros(s.shape, s.dtype), device) for s in specs]
 
 
+def spread(x: Array) -> Array:
+    """[..., D] times an orthogonal, symmetric matrix of numbers of one size (Hadamard's): what a few numbers of a head hold
+    goes to all, so that a scale fits all of them. Scores do not change where queries and keys are spread alike, and it undoes
+    itself: what attention makes of spread values is spread back. Source: Ashkboos et al. 2024 (QuaRot)."""
+    n = x.shape[-1] & -x.shape[-1]  # its largest power of two: of other sizes, parts are spread
+    bits = np.arange(n)[:, None] & np.arange(n)[None]
+    signs = 1 - 2 * (np.array([bin(b).count("1") for b in bits.ravel()]).reshape(n, n) % 2)
+    matrix = jnp.asarray(signs * n**-0.5, jnp.float32)
+    parts = x.reshape(*x.shape[:-1], -1, n).astype(jnp.float32)
+    return jnp.einsum("...i,ij->...j", parts, matrix).reshape(x.shape).astype(x.dtype)
+
+
 class Pages(NamedTuple):
     """A group's view of a step. `page_table` [R, C] begins with the page of a sequence that is its first; lengths are counted
     from there: attention knows distances only."""
@@ -118,9 +130,14 @@ class PagedStep:
         group, place = self.layout.places[layer]
         caches, to = self._caches[place], self.groups[group]
         scales = dict(zip(("k_scales", "v_scales"), caches[2:]))
+        spreads = caches[0].dtype == jnp.int8  # float8 has a scale in each number: it gains nothing
+        if spreads:
+            q, k, v = spread(q), spread(k), spread(v)
         caches = self.ops.write_kv(*caches[:2], k, v, to.pages, to.offsets, **scales)
         self._caches[place] = list(caches)
-        return self._attend(layer, spec, q, *caches[:2], sinks=sinks, **dict(zip(("k_scales", "v_scales"), caches[2:])))
+        scales = dict(zip(scales, caches[2:]))
+        out = self._attend(layer, spec, q, *caches[:2], sinks=sinks, **scales)
+        return spread(out) if spreads else out
 
     def _attend_latent(self, layer: int, spec: MLASpec, q: Array, k: Array) -> Array:
         """The values are the keys' first numbers: one array is both, and what it gives beyond them is cut off."""

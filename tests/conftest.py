@@ -3,6 +3,7 @@ checked, a compilation cache."""
 
 import importlib.util
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 
 def pytest_configure() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background is started without it
+
     import jax
     from jaxtyping import install_import_hook
 
