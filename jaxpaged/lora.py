@@ -83,9 +83,8 @@ def read(request: LoRARequest, key: str, target: Target) -> Adapter:
         config, tensors, source = dict(request.config or {}), _flat(request.tensors), "<in memory>"
     else:
         config, tensors, source = *_files(request), request.lora_path
-    return Adapter(
-        request.lora_name, key, source, int(config.get("r") or 0), _Reader(request.lora_name, config, target).tables(tensors)
-    )
+    tables = _Reader(request.lora_name, config, target).tables(tensors)
+    return Adapter(request.lora_name, key, source, int(config.get("r") or 0), tables)
 
 
 def _files(request: LoRARequest) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -139,8 +138,9 @@ class _Reader:
         for module, pair in sorted(halves.items()):
             place = self.target.place(module)
             assert place is not None
-            table = tables.setdefault(place.path, self._empty(place.path))
-            self._fill(table, module, place, pair)
+            if place.path not in tables:
+                tables[place.path] = self._empty(place.path)
+            self._fill(tables[place.path], module, place, pair)
         return tables
 
     def _check_modules(self, halves: Mapping[str, Mapping[str, np.ndarray]]) -> None:
