@@ -96,8 +96,8 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
         model = checkpoint.config if checkpoint is not None else read_json(Path(str(path)) / "config.json")
     hf = HFConfig(model, config.hf_overrides, source=path or "the config")
     family = door(hf["model_type"], hf)
-    decoder_config, is_gguf = family.decoder_config(hf), path is not None and path.suffix == ".gguf"
-    scheme = loading.scheme_of(config, hf, is_gguf)
+    decoder_config = family.decoder_config(hf)
+    scheme = loading.scheme_of(config, hf, checkpoint)
     hf.finish()
     auto_length = config.max_model_len == "auto"
     config = config.resolve(device.platform, decoder_config.max_positions)

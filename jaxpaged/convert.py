@@ -69,7 +69,7 @@ def _open(config: EngineConfig, path: Path) -> Opened:
     hf = HFConfig(checkpoint.config, source=path)
     family = door(hf["model_type"], hf)
     decoder_config = family.decoder_config(hf)
-    scheme = loading.scheme_of(config, hf, path.suffix == ".gguf")
+    scheme = loading.scheme_of(config, hf, checkpoint)
     hf.finish()
     concrete = config.replace(dtype="float32" if config.dtype == "auto" else config.dtype)
     return Opened(path, checkpoint, loading.prepare(concrete, family, decoder_config, scheme, checkpoint))

@@ -32,23 +32,25 @@ class Loaded(NamedTuple):
     forms: Forms
 
 
-def scheme_of(config: EngineConfig, hf: HFConfig, is_gguf: bool) -> quantization.Scheme | None:
+def scheme_of(config: EngineConfig, hf: HFConfig, checkpoint: Checkpoint | None) -> quantization.Scheme | None:
     """The scheme of a quantised checkpoint, from its config. RequestError if the user asks for another one."""
     given = hf.get("quantization_config")
     if not given:
-        if is_gguf and config.quantization == "gguf":
-            return None
-        if config.quantization is not None and config.quantization not in quantization.ON_THE_FLY:
-            raise RequestError(
-                f"quantization={config.quantization!r} is a checkpoint's format, and this one is not quantised; leave it "
-                f"out, or quantise it as it is loaded: {', '.join(quantization.ON_THE_FLY)}.", "quantization",
-            )  # fmt: skip
+        if not (config.quantization == "gguf" and isinstance(checkpoint, (GGUFCheckpoint, OrbaxCheckpoint))):
+            _check_not_quantised(config)
         return None
     method = str(given.get("quant_method", "")).replace("_", "-")
     if config.quantization not in (None, method):
         raise RequestError(f"quantization={config.quantization!r}, but the checkpoint is quantised already ({method}); leave "
                            "it out.", "quantization")  # fmt: skip
     return quantization.scheme(given)
+
+
+def _check_not_quantised(config: EngineConfig) -> None:
+    if config.quantization not in (None, *quantization.ON_THE_FLY):
+        raise RequestError(f"quantization={config.quantization!r} is a checkpoint's format, and this one is not quantised; leave "
+                           f"it out, or quantise it as it is loaded: {', '.join(quantization.ON_THE_FLY)}.",
+                           "quantization")  # fmt: skip
 
 
 def load(config: EngineConfig, family: Any, decoder_config: DecoderConfig, scheme: quantization.Scheme | None,
@@ -114,6 +116,8 @@ def _from_orbax(config: EngineConfig, decoder_config: DecoderConfig, checkpoint:
     forms = {path: Form(**fields) for path, fields in checkpoint.forms.items()}
     if forms:
         _check_quantised(config, forms, str(checkpoint.folder), checkpoint.about.get("quantization"))
+    else:
+        _check_not_quantised(config)
     _, _, leaves = abstract_decoder(decoder_config, config.dtype, forms)
     on_the_fly = NO_FORMS if forms else _everywhere(decoder_config, quantization.ON_THE_FLY.get(config.quantization or ""))
     return Prepared(checkpoint, leaves, as_they_are(leaves), (), on_the_fly, forms or on_the_fly)

@@ -182,6 +182,10 @@ def test_quantised_when_written_or_when_loaded_is_the_same(tmp_path, row, form):
     assert generated(str(tmp_path / "out"), quantization=form) == wanted
     assert generated(str(tmp_path / "floats"), quantization=form) == wanted
     assert size(tmp_path / "out") < 0.8 * size(tmp_path / "floats")
+    for folder, why in (("floats", "quantization='gguf' is a checkpoint's format, and this one is not quantised"),
+                        ("out", f"quantised already \\({form}\\)")):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            LLM(str(tmp_path / folder), quantization="gguf", **ENGINE)
 
 
 def size(folder: Path) -> int:
