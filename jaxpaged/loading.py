@@ -48,8 +48,8 @@ def scheme_of(config: EngineConfig, hf: HFConfig, checkpoint: Checkpoint | None)
 
 def _check_not_quantised(config: EngineConfig) -> None:
     if config.quantization not in (None, *quantization.ON_THE_FLY):
-        raise RequestError(f"quantization={config.quantization!r} is a checkpoint's format, and this one is not quantised; leave "
-                           f"it out, or quantise it as it is loaded: {', '.join(quantization.ON_THE_FLY)}.",
+        raise RequestError(f"quantization={config.quantization!r} is a checkpoint's format, and this one is not quantised; "
+                           f"leave it out, or quantise it as it is loaded: {', '.join(quantization.ON_THE_FLY)}.",
                            "quantization")  # fmt: skip
 
 
