@@ -58,3 +58,6 @@ get /openapi.json
 post /reset_prefix_cache '{}'
 # Aborts the requests with these ids (they stand in the answers); without request_ids: all of them.
 post /abort_requests '{"request_ids": ["chatcmpl-0"]}'
+# LoRA adapters, for a server that was started with --enable-lora --allow-runtime-lora-updating (others say so: 403).
+post /v1/load_lora_adapter '{"lora_name": "sql", "lora_path": "/adapters/sql"}' || true
+post /v1/unload_lora_adapter '{"lora_name": "sql"}' || true
