@@ -24,11 +24,9 @@ class Resident(NamedTuple):
 Residents = tuple[Resident, ...]
 
 
-def place(residents: Residents, in_use: np.ndarray, adapter: Adapter | None) -> int | None:
-    """Where an adapter is or may be put; NONE for no adapter, None if every place is taken by one that is in use. in_use:
-    places of the running sequences."""
-    if adapter is None:
-        return NONE
+def place(residents: Residents, in_use: np.ndarray, adapter: Adapter) -> int | None:
+    """Where an adapter is or may be put; None if every place is taken by one that is in use. in_use: places of the running
+    sequences."""
     for i, resident in enumerate(residents):
         if resident.key == adapter.key:
             return i

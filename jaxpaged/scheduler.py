@@ -69,11 +69,11 @@ def check_fits(limits: Limits, request: Request) -> None:
         _check_whole(limits, request)
     K, usable = limits.page_size, limits.num_pages - 1
     last = request.pooling is None  # the last token that is sampled needs no place in the cache
-    longest = min(limits.tokens_in(usable) + last, limits.max_model_len)
-    if request.max_total_tokens <= longest:
-        return
-    what, remedy, param = "", f"shorten the prompt to at most {longest:,} tokens", "prompt"
     needed = limits.pages_for(request.max_total_tokens - last)
+    if needed <= usable and request.max_total_tokens <= limits.max_model_len:
+        return
+    longest = min(limits.tokens_in(usable) + last, limits.max_model_len)
+    what, remedy, param = "", f"shorten the prompt to at most {longest:,} tokens", "prompt"
     if request.pooling is None:
         left = max(0, longest - len(request.prompt))
         what, remedy, param = " and the output", f"set max_tokens to at most {left:,}", "max_tokens"
@@ -142,11 +142,8 @@ def _fail_slots(state: State, slots: list[int]) -> tuple[State, list[str]]:
     state = reset_prefix_cache(state)
     for slot in slots:
         state = _end(state, slot)
-    return state._replace(residents=residents.forget(state.residents, _adapters_in_use(state))), ids
-
-
-def _adapters_in_use(state: State) -> np.ndarray:
-    return state.seats.adapter[state.seats.active]
+    in_use = state.seats.adapter[state.seats.active]
+    return state._replace(residents=residents.forget(state.residents, in_use)), ids
 
 
 def _end(state: State, slot: int, trusted: bool = True) -> State:
@@ -297,7 +294,7 @@ def _admit(state: State, draft: Draft) -> State:
         state, waiting = queue.peek(state)
         if waiting is None:
             break
-        place = residents.place(state.residents, _adapters_in_use(state), waiting.request.adapter)
+        place = seating.place(state, waiting.request)
         found = seating.match(state, waiting)
         if limits.whole_prompts and draft.budget < len(waiting.tokens):
             break

@@ -27,11 +27,20 @@ class Draft:
     loads: list[tuple[int, Adapter]] = field(default_factory=list)
 
 
+def place(state: State, request: Request) -> int | None:
+    """Where its adapter is or may be put, residents.NONE if it has none; None if every place is taken."""
+    if request.adapter is None:
+        return residents.NONE
+    return residents.place(state.residents, state.seats.adapter[state.seats.active], request.adapter)
+
+
 def lodge(state: State, slot: int, place: int, request: Request, draft: Draft) -> State:
     """The request's adapter is at its place, or will be when the step runs."""
-    seats, adapter = copied(state.seats, "adapter"), request.adapter
-    seats.adapter[slot] = place
-    state = state._replace(seats=seats)
+    adapter = request.adapter
+    if state.seats.adapter[slot] != place:
+        seats = copied(state.seats, "adapter")
+        seats.adapter[slot] = place
+        state = state._replace(seats=seats)
     if adapter is None:
         return state
     if state.residents[place].key != adapter.key:
