@@ -43,3 +43,8 @@ class Adapter:
     source: str
     rank: int
     tables: Mapping[str, Table]
+
+    @property
+    def request(self) -> LoRARequest:
+        """What stands in outputs."""
+        return LoRARequest(self.name, lora_path=self.source)

@@ -78,11 +78,16 @@ def spread(x: Array) -> Array:
     goes to all, so that a scale fits all of them. Scores do not change where queries and keys are spread alike, and it undoes
     itself: what attention makes of spread values is spread back. Source: Ashkboos et al. 2024 (QuaRot)."""
     n = x.shape[-1] & -x.shape[-1]  # its largest power of two: of other sizes, parts are spread
-    bits = np.arange(n)[:, None] & np.arange(n)[None]
-    signs = 1 - 2 * (np.array([bin(b).count("1") for b in bits.ravel()]).reshape(n, n) % 2)
-    matrix = jnp.asarray(signs * n**-0.5, jnp.float32)
     parts = x.reshape(*x.shape[:-1], -1, n).astype(jnp.float32)
-    return jnp.einsum("...i,ij->...j", parts, matrix).reshape(x.shape).astype(x.dtype)
+    return jnp.einsum("...i,ij->...j", parts, jnp.asarray(_hadamard(n))).reshape(x.shape).astype(x.dtype)
+
+
+def _hadamard(n: int) -> np.ndarray:
+    """[n, n], n a power of two (Sylvester 1867)."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix * np.float32(n**-0.5)
 
 
 class Pages(NamedTuple):

@@ -178,7 +178,8 @@ class Group:
         delta = kind is RequestOutputKind.DELTA
         return RequestOutput(self.request.id, self.request.prompt_text, self.prompt_token_ids,
                              [track.output(delta) for track in shown], finished, self.prompt_logprobs,
-                             self.num_cached_tokens or 0, self._metrics(), self.error)  # fmt: skip
+                             self.num_cached_tokens or 0, self._metrics(), self.error,
+                             self.request.adapter and self.request.adapter.request)  # fmt: skip
 
     def _metrics(self) -> RequestMetrics:
         return RequestMetrics(self.arrival_time, self.scheduled_time, self.first_token_time, self.last_token_time,

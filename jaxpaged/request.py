@@ -411,7 +411,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
-    lora_request: LoRARequest | str | None = None
+    lora_request: LoRARequest | None = None
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def abstract_decoder(
 
 def adapter_bytes(config: DecoderConfig, adapters: Slots, dtype: Any) -> int:
     """What room for LoRA adapters takes on the device."""
+    if not adapters.num:
+        return 0
     _, _, leaves = abstract_decoder(config, dtype, adapters=adapters)
     return sum(leaf.size * leaf.dtype.itemsize for path, leaf in leaves.items() if TABLE in path)
 

@@ -59,10 +59,8 @@ async def abort_requests(service: Service, request: Request) -> Response:
 async def load_lora_adapter(service: Service, request: Request) -> Response:
     """POST /v1/load_lora_adapter {"lora_name": ..., "lora_path": ...}: from a folder that the server can read."""
     body = await _lora_update(service, request, LoadLoraRequest)
-    if body.lora_name in service.names:
-        raise RequestError(f"lora_name {body.lora_name!r:.200} is the name of the model itself; take another one.", "lora_name")
     wanted = LoRARequest(body.lora_name, lora_path=body.lora_path)
-    await asyncio.to_thread(service.loras.add, wanted, body.load_inplace)
+    await asyncio.to_thread(service.load_adapter, wanted, body.load_inplace)
     return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.", media_type="text/plain")
 
 

@@ -101,6 +101,13 @@ class Service:
         """The LoRA adapter that a model's name stands for."""
         return None if not asked or asked in self.names else self.loras.find(self.model(asked))
 
+    def load_adapter(self, request: LoRARequest, replace: bool = False) -> None:
+        """Reads a LoRA adapter, which is a model of its own then. RequestError if it cannot be, or has the model's name."""
+        if request.lora_name in self.names:
+            raise RequestError(f"lora_name {request.lora_name!r:.200} is the name of the model itself; take another one.",
+                               "lora_name")  # fmt: skip
+        self.loras.add(request, replace)
+
     def need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer, and this server runs without one; send token ids.", "prompt")
@@ -212,9 +219,11 @@ def open_service(built: Any, options: ServerOptions) -> Service:
     """The service of a `jaxpaged.build.Built`."""
     compiled_at_start = built.runner.num_compilations
     cache = {name: str(getattr(built.config, name)) for name in CACHE_CONFIG} | {"num_gpu_blocks": str(built.plan.num_pages)}
-    for request in lora_modules(options.lora_modules):
-        built.loras.add(request)
-    return Service(
+    requests = lora_modules(options.lora_modules)
+    service = Service(
         AsyncEngine(built.engine), options, [built.config.model], built.sampling_defaults, built.config.chat_template, cache,
         lambda: built.runner.num_compilations - compiled_at_start, built.loras,
     )  # fmt: skip
+    for request in requests:
+        service.load_adapter(request)
+    return service

@@ -17,10 +17,11 @@ A checkpoint's `model_type` (in its config.json) must be in this table, which is
 of the tiny models in `tests/families/` that prove them (`python tests/models_table.py`). What a config says that a door does
 not know is refused by name, as is a tensor that nobody uses.
 
-**Tested**: every row of `tests/families/` is a random model of transformers' own class. Its logits of whole sequences (320
-tokens) equal transformers' to 1e-5 in float32, its tokens and logprobs through the engine (chunked, paged, with a shared
-prefix, 32 greedy tokens) too; mutated configs and checkpoints are refused. "Real" models are published weights, greedy-equal to
-transformers'. Nothing in this table has run on a GPU yet.
+**Tested**: every row of `tests/families/` is a random model of transformers' own class. (What transformers does not have,
+InternLM 2, MiniCPM, Kimi K2, is made of a class that computes the same, with the names and keys that its files have, written
+down from memory.) Its logits of whole sequences (most of 320 tokens) equal transformers' to 1e-5 in float32, its tokens and
+logprobs through the engine (chunked, paged, with a shared prefix, 32 greedy tokens) too; mutated configs and checkpoints are
+refused. "Real" models are published weights, greedy-equal to transformers'. Nothing in this table has run on a GPU yet.
 
 | door | model types | what its layers may have | tested |
 |---|---|---|---|

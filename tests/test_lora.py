@@ -56,6 +56,7 @@ def test_equals_the_merged_model(tmp_path, case):
     check(with_it, merged)
     check(without, base)
     check(again, merged)
+    assert (with_it.lora_request.lora_name, without.lora_request) == ("a", None)
     assert with_it.outputs[0].token_ids != without.outputs[0].token_ids, "the adapter changes nothing: the test shows nothing"
     assert again.num_cached_tokens >= 96 and without.num_cached_tokens == 0  # pages are shared by version only
 

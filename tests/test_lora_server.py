@@ -96,6 +96,15 @@ def test_loading_and_unloading_while_it_runs(three, live):
     assert missing.status_code == 400 and "is no folder with adapter_config.json" in missing.json()["error"]["message"]
 
 
+def test_an_adapter_at_the_start_cannot_have_the_models_name(three):
+    folder = three[0]
+    built = build_engine(EngineConfig(model=str(folder / "model"), **ENGINE), progress=False)
+    options = ServerOptions(served_model_name=("base",), lora_modules=(f"base={folder / 'b'}",))
+    with pytest.raises(RequestError, match="'base' is the name of the model itself"):
+        open_service(built, options)
+    built.engine.close()
+
+
 def test_it_is_off_until_the_operator_allows_it():
     with serve(scripted_service("x")) as live:
         answer = httpx.post(live.base_url + "/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "/"})

@@ -7,11 +7,9 @@ from jaxpaged.models.standard import HF, Name
 
 MODEL_TYPES = ("cohere", "cohere2")
 IGNORED = standard.IGNORED
-LOGIT_SCALE, THETAS = (
-    0.0625,
-    {"cohere": 500_000.0, "cohere2": 10_000.0},
-)  # of a config that does not say, as transformers has it
-WINDOW, PATTERN = 4096, 4
+# Of a config that does not say, as transformers has it.
+LOGIT_SCALE, WINDOW, PATTERN = 0.0625, 4096, 4
+THETAS = {"cohere": 500_000.0, "cohere2": 10_000.0}
 
 
 def decoder_config(hf: HF) -> DecoderConfig:
