@@ -174,7 +174,7 @@ def _step(T: int, R: int) -> tuple[Any, ...]:
     from jaxpaged.batch import Bucket
     from jaxpaged.hf_config import HFConfig
     from jaxpaged.models import door
-    from jaxpaged.runner import abstract_decoder
+    from jaxpaged.stage import abstract_decoder
 
     config = door("llama").decoder_config(HFConfig(LLAMA_3_8B))
     graph, treedef, abstract = abstract_decoder(config, jnp.bfloat16)
@@ -182,10 +182,11 @@ def _step(T: int, R: int) -> tuple[Any, ...]:
                          max_logprobs=20)  # fmt: skip
     kv = kv_cache.layout(config, dims.max_model_len, dims.page_size)
     caches = tuple(kv_cache.specs(config, kv, dims.num_pages, dims.page_size, jnp.bfloat16))
-    bucket = Bucket(T, R)
+    bucket, layers, held = Bucket(T, R), range(len(config.layers)), (True,) * len(abstract)
     packed = jax.ShapeDtypeStruct((packing.size(programs.forward_layout(bucket, dims)),), jnp.int32)
     last_token = jax.ShapeDtypeStruct((dims.num_slots,), jnp.int32)
-    call = lambda ops: programs.make_forward(graph, treedef, config, kv, ops, bucket, dims)
+    model = lambda ops: programs.Model(graph, treedef, config, kv, ops, layers, held)
+    call = lambda ops: programs.make_forward(model(ops), bucket, dims)
     return call, (tuple(abstract.values()), caches, last_token, packed), (1,)
 
 

@@ -1,8 +1,6 @@
-"""Compiling for NVIDIA GPUs that are not here, and reading what the compiler made of it.
+"""Reading what the compilers make of kernels for NVIDIA GPUs that are not here (`jaxpaged.devices_compiler` calls them).
 
-Needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version and a `ptxas` (packages nvidia-cuda-nvcc and nvidia-nvvm):
-`make compile-target` installs them into a folder of their own, which `environment()` puts on the path of a child process.
-No tuning happens, as there is no device: never ship such an executable, and read no times from it.
+`make compile-target` installs the compilers.
 """
 
 from __future__ import annotations
@@ -18,35 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FOLDER = Path(sys.prefix) / "compile-target"  # where `make compile-target` installs
+from jaxpaged import devices_compiler
+from jaxpaged.devices import DEVICES
 
-_DESCRIPTION = """
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: {smem_core} threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
-  shared_memory_per_block_optin: {smem_block} cuda_compute_capability {{ {capability} }}
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability {version}" device_address_bits: 64
-  ecc_enabled: true name: "{name}"
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-}}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{name}"
-"""
-_GB = 10**9
-_PARTS = {  # of the data sheets
-    "h200": dict(name="NVIDIA H200", version="9.0a", capability="major: 9 feature_extension: ACCELERATED_FEATURES", cores=132,
-                 smem_core=233472, smem_block=232448, threads=2048, bandwidth=4800 * _GB, l2=52428800, clock=1.98,
-                 memory=141 * _GB),
-    "a100": dict(name="NVIDIA A100-SXM4-80GB", version="8.0", capability="major: 8", cores=108, smem_core=167936,
-                 smem_block=166912, threads=2048, bandwidth=2039 * _GB, l2=41943040, clock=1.41, memory=80 * _GB),
-    "l40s": dict(name="NVIDIA L40S", version="8.9", capability="major: 8 minor: 9", cores=142, smem_core=102400,
-                 smem_block=101376, threads=1536, bandwidth=864 * _GB, l2=100663296, clock=2.52, memory=48 * _GB),
-}  # fmt: skip
-ARCHITECTURES = {"h200": "sm_90a", "a100": "sm_80", "l40s": "sm_89"}
-SHARED_MEMORY = {name: part["smem_block"] for name, part in _PARTS.items()}  # bytes a block
+ARCHITECTURES = {name: DEVICES[name].architecture for name in ("h200", "a100", "l40s")}
+SHARED_MEMORY = {name: device.shared_memory_block for name, device in DEVICES.items()}  # bytes a block
 
 
 class Kernel(NamedTuple):
@@ -73,37 +47,19 @@ class Report(NamedTuple):
 
 def missing() -> str | None:
     """Why nothing can be compiled here; None: it can."""
-    places = [str(FOLDER), *sys.path]
-    if not any(Path(p, "jax_plugins", "xla_cuda13").is_dir() for p in places):
-        return "jax-cuda13-plugin is not installed (make compile-target)"
-    return None if _ptxas() else "there is no ptxas (make compile-target)"
-
-
-def _ptxas() -> Path | None:
-    places = [Path(p, "nvidia", "cu13", "bin") for p in (FOLDER, *sys.path)]
-    places += [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep)]
-    return next((p / "ptxas" for p in places if (p / "ptxas").exists()), None)
+    reason = devices_compiler.missing()
+    return reason and f"{reason} (make compile-target)"
 
 
 def environment() -> dict[str, str]:
     """The environment of a child process that compiles: it must be set before JAX starts."""
-    ptxas = _ptxas()
-    assert ptxas is not None, missing()
-    path = lambda name, first: os.pathsep.join(filter(None, [str(first), os.environ.get(name)]))
-    return {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTX": "1",
-        "MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_ENABLE_COMPILATION_CACHE": "0", "PATH": path("PATH", ptxas.parent),
-        "PYTHONPATH": path("PYTHONPATH", FOLDER), "XLA_FLAGS": f"--xla_dump_to={tempfile.mkdtemp(prefix='jaxpaged-dump-')}",
-    }  # fmt: skip
+    return {**devices_compiler.environment(), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1",
+            "XLA_FLAGS": f"--xla_dump_to={tempfile.mkdtemp(prefix='jaxpaged-dump-')}"}  # fmt: skip
 
 
 def devices(target: str, count: int = 1):
     """`count` GPUs of a kind in `ARCHITECTURES` that exist on paper only."""
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name=target, target_config=_DESCRIPTION.format(**_PARTS[target]), topology=f"1x1x{count}"
-    ).devices
+    return devices_compiler.paper_devices(DEVICES[target], count)
 
 
 def compile_for(target: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Report:
@@ -156,7 +112,7 @@ def _triton_kernels(target: str, dumped: list[Path], ours: set[str]) -> Iterator
 
 
 def _run_ptxas(target: str, path: Path) -> str:
-    command = [str(_ptxas()), "-v", "-arch", ARCHITECTURES[target], str(path), "-o", os.devnull]
+    command = [str(devices_compiler.ptxas()), "-v", "-arch", ARCHITECTURES[target], str(path), "-o", os.devnull]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout + run.stderr

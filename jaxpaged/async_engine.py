@@ -32,6 +32,7 @@ Output = TypeVar("Output", RequestOutput, EmbeddingRequestOutput)
 
 
 GIVE_UP = 10.0  # seconds that the end of a step is waited for when everything is to end
+HURRY = 1.0  # likewise, when there is nothing left to save
 
 
 class EngineDeadError(RuntimeError):
@@ -145,12 +146,15 @@ class AsyncEngine:
 
     max_num_queued_reqs: requests that may wait for a slot; more are refused with status 503. None: no limit.
     on_death: called in the loop's thread when the engine's thread has ended with an exception.
+    num_queued: requests that wait for a slot; None: the engine's.
     """
 
     def __init__(self, engine: Engine, observers: Sequence[Observer] = (), max_num_queued_reqs: int | None = None,
-                 on_death: Callable[[BaseException], None] = lambda error: None):  # fmt: skip
+                 on_death: Callable[[BaseException], None] = lambda error: None,
+                 num_queued: Callable[[], int] | None = None):  # fmt: skip
         self.engine, self.observers = engine, list(observers)
         self.max_num_queued_reqs, self.on_death = max_num_queued_reqs, on_death
+        self._num_queued = num_queued or (lambda: engine.num_queued)
         self.streams: dict[str, Stream] = {}  # of every request that the engine has not ended
         self.error: BaseException | None = None
         self.draining = False
@@ -173,6 +177,11 @@ class AsyncEngine:
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="jaxpaged-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def engines(self) -> tuple[AsyncEngine, ...]:
+        """Those behind this front door: itself. `Replicas` has several."""
+        return (self,)
 
     @property
     def is_running(self) -> bool:
@@ -223,6 +232,10 @@ class AsyncEngine:
         self._wake.set()
         return await future
 
+    async def reset_prefix_cache(self) -> None:
+        """Forgets every cached page that no running request holds."""
+        await self.call(Engine.reset_prefix_cache)
+
     async def drain(self, timeout: float | None) -> bool:
         """Takes no more requests and waits until all have ended; after `timeout` seconds the rest is aborted. True if none
         had to be."""
@@ -242,11 +255,15 @@ class AsyncEngine:
                 await asyncio.wait_for(self._idle.wait(), timeout)
         return self._idle.is_set()
 
+    def end(self, error: BaseException) -> None:
+        """From any thread: nothing can be served any more, though a step may hang. As if the engine's thread had ended so."""
+        self._in_loop(self._die, error)
+
     async def close(self) -> None:
         """Stops the thread and frees the device memory; streams that still run end with an error."""
         self._stopping = True
         self._wake.set()
-        deadline = time.monotonic() + GIVE_UP
+        deadline = time.monotonic() + (GIVE_UP if self.error is None else HURRY)
         while self._thread is not None and self._thread.is_alive():  # its last reports need this loop
             if time.monotonic() > deadline:
                 log.error("a step hangs: the engine's thread is left behind")
@@ -261,8 +278,8 @@ class AsyncEngine:
         if self.draining:
             self._reject("draining", "the server is shutting down and takes no more requests; send it to another one.")
         limit = self.max_num_queued_reqs
-        if limit is not None and self.engine.num_queued >= limit:
-            self._reject("queue", f"{self.engine.num_queued} requests are waiting already and max_num_queued_reqs is {limit}; "
+        if limit is not None and (waiting := self._num_queued()) >= limit:
+            self._reject("queue", f"{waiting} requests are waiting already and max_num_queued_reqs is {limit}; "
                          "try again later.")  # fmt: skip
 
     def _reject(self, reason: str, message: str) -> None:
@@ -290,7 +307,7 @@ class AsyncEngine:
                 log.exception("an observer of the engine failed")
 
     def _die(self, error: BaseException) -> None:
-        self.error = error
+        self.error = self.error or error
         self._end_streams(error)
         self.on_death(error)
 

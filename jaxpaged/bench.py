@@ -1,4 +1,4 @@
-"""`jaxpaged bench`: latency, throughput and start-up time of one engine, on random prompts. Floor: above `llm`."""
+"""`jaxpaged bench`: latency, throughput and start-up time of a model, on random prompts. Floor: above `llm`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpaged.llm import LLM
 from jaxpaged.request import RequestError, RequestOutputKind, SamplingParams
+from jaxpaged.stepping import outputs_of
 
 
 def _prompts(llm: LLM, lengths: list[int], run: int) -> list[list[int]]:
@@ -43,14 +44,13 @@ def latency(llm: LLM, batch_size: int, input_len: int, output_len: int, num_iter
 def _timed_batch(llm: LLM, batch_size: int, input_len: int, output_len: int, run: int) -> dict[str, float]:
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False,
                             output_kind=RequestOutputKind.DELTA)  # fmt: skip
-    engine, first, last = llm.engine, dict[str, float](), dict[str, float]()
+    first, last = dict[str, float](), dict[str, float]()
     start = time.perf_counter()
     for i, prompt in enumerate(_prompts(llm, [input_len] * batch_size, run)):
-        engine.submit(f"bench-{run}-{i}", prompt, params)
-    while engine.has_work:
-        for output in engine.step():
-            last[output.request_id] = time.perf_counter()
-            first.setdefault(output.request_id, last[output.request_id])
+        llm.engines[i % len(llm.engines)].submit(f"bench-{run}-{i}", prompt, params)
+    for output in outputs_of(llm.engines):
+        last[output.request_id] = time.perf_counter()
+        first.setdefault(output.request_id, last[output.request_id])
     total, steps = max(last.values()) - start, max(output_len - 1, 1)
     return {"ttft_s": statistics.mean(first.values()) - start,
             "tpot_s": statistics.mean((last[i] - first[i]) / steps for i in first), "total_s": total,

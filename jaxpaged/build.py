@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from jaxpaged.loading import Loaded
 from jaxpaged.loras import Loras
 from jaxpaged.models import door
 from jaxpaged.models.adapters import Slots
+from jaxpaged.models.quantized import NO_FORMS, Forms
 from jaxpaged.models.spec import DecoderConfig
+from jaxpaged.parallel import Parallel
 from jaxpaged.programs import Dims
 from jaxpaged.reach import Reach
 from jaxpaged.request import RequestError
-from jaxpaged.runner import ModelRunner, adapter_bytes
+from jaxpaged.runner import ModelRunner
 from jaxpaged.scheduler import Limits
+from jaxpaged.stage import Blueprint
 from jaxpaged.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels.checks import QUANTIZED
 from pallas_kernels.ops import Ops, backend
@@ -78,13 +82,15 @@ class Stages:
 
 
 def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, params: Any = None,
-                 progress: bool = True) -> Built:  # fmt: skip
+                 progress: bool = True, devices: Sequence[jax.Device] | None = None,
+                 least: Callable[[int], int] = lambda value: value) -> Built:  # fmt: skip
     """Builds an engine: finds the model, loads tokenizer and weights, plans memory, compiles, allocates.
 
     `model`: a Hugging Face config in memory, instead of `config.model`. `params`: weights in memory (a pytree with the
-    decoder's paths), instead of the checkpoint's.
+    decoder's paths), instead of the checkpoint's. devices: to use the first of; None: all that JAX has. least: where several
+    processes build one engine, the least of what they all say.
     """
-    stages, device = Stages(), jax.devices()[0]
+    stages, devices = Stages(), devices or jax.devices()
     _use_compilation_cache(config.compilation_cache_dir)
     only_config = config.load_format == "dummy" or params is not None
     path = None
@@ -100,17 +106,19 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     scheme = loading.scheme_of(config, hf, checkpoint)
     hf.finish()
     auto_length = config.max_model_len == "auto"
-    config = config.resolve(device.platform, decoder_config.max_positions)
+    config = config.resolve(devices[0].platform, decoder_config.max_positions)
     decoder_config = decoder_config.for_length(int(config.max_model_len or 0))
+    parallel = Parallel.over(devices, decoder_config, config.tensor_parallel_size, config.pipeline_parallel_size,
+                             config.enable_expert_parallel)  # fmt: skip
     tokenizer = _tokenizer(config, path)
     stages.done("load the tokenizer")
-    loaded = loading.load(config, family, decoder_config, scheme, checkpoint, params, progress)
+    loaded = loading.load(config, family, parallel, scheme, checkpoint, params, progress)
     stages.done("load the weights")
-    runner, plan, config = _runner(config, decoder_config, loaded, device, auto_length, progress)
+    runner, plan, config = _runner(config, parallel, loaded, auto_length, progress, least)
     stages.done("compile")
     generation_config = _generation_config(path, checkpoint)
     eos_ids = _eos_ids(tokenizer, generation_config, hf)
-    limits = _limits(config, decoder_config, runner.kv.reaches, plan.num_pages)
+    limits = _limits(config, decoder_config, runner.blueprint.kv.reaches, plan.num_pages)
     engine = Engine(limits, runner, runner.buckets, tokenizer, eos_ids,
                     config.max_logprobs, config.async_scheduling, config.seed)  # fmt: skip
     log.info("%s", plan.table(int(config.block_size)))
@@ -176,37 +184,47 @@ def _limits(config: EngineConfig, decoder_config: DecoderConfig, reaches: tuple[
         reaches=reaches,
         max_loras=config.num_loras,
         whole_prompts=not decoder_config.causal,
+        pipeline=config.pipeline_parallel_size,
     )
 
 
-def _runner(config: EngineConfig, decoder_config: DecoderConfig, loaded: Loaded, device: jax.Device,
-            auto_length: bool, progress: bool) -> tuple[ModelRunner, memory.MemoryPlan, EngineConfig]:  # fmt: skip
+def _runner(config: EngineConfig, parallel: Parallel, loaded: Loaded, auto_length: bool, progress: bool,
+            least: Callable[[int], int]) -> tuple[ModelRunner, memory.MemoryPlan, EngineConfig]:  # fmt: skip
     """Compiles with as many pages as should fit; if the compiler's own account of temporaries says otherwise, again
-    with fewer. With `auto_length` the longest sequence may become shorter, so that one fits."""
+    with fewer. With `auto_length` the longest sequence may become shorter, so that one fits. Numbers that may differ
+    from host to host go through `least`, so that all decide alike."""
     buckets = ladder(int(config.max_num_batched_tokens), int(config.max_num_seqs))
-    weight_bytes = sum(x.nbytes for x in loaded.leaves.values())
-    weight_bytes += adapter_bytes(decoder_config, Slots(config.num_loras, config.max_lora_rank), config.dtype)
-    limit = memory.device_limit(device, config.gpu_memory_utilization)
-    temporaries = _expected_temporaries(decoder_config, buckets, jnp.dtype(config.dtype).itemsize)
-    cache_dtype, ops = _cache_dtype(config, decoder_config), _kernels(config, device)
-    page_size, hybrid = int(config.block_size), not config.disable_hybrid_kv_cache_manager
-    kv = kv_cache.layout(decoder_config, int(config.max_model_len or 0), page_size, hybrid)
-    page_bytes = kv_cache.page_bytes(decoder_config, kv, page_size, cache_dtype)
+    limit = memory.device_limit(parallel.placements[0].own[0], config.gpu_memory_utilization)
+    limit = None if limit is None else least(limit)
+    temporaries = _expected_temporaries(parallel, buckets, jnp.dtype(config.dtype).itemsize)
+    blueprint = make_blueprint(config, parallel, loaded.forms)
     while True:
-        account = limit, weight_bytes, temporaries, page_bytes
+        account = limit, blueprint.weight_bytes, temporaries, blueprint.page_bytes
         if auto_length:
-            config = _fit(config, _limits(config, decoder_config, kv.reaches, 0), *account)
-        limits = _limits(config, decoder_config, kv.reaches, 0)
+            config = _fit(config, _limits(config, parallel.sharding.config, blueprint.kv.reaches, 0), *account)
+            config = config.replace(max_model_len=least(int(config.max_model_len or 0)))
+        limits = _limits(config, parallel.sharding.config, blueprint.kv.reaches, 0)
         plan = memory.plan(config, limits, *account)
-        runner = ModelRunner(decoder_config, loaded.leaves, buckets, _dims(config, limits, plan.num_pages), ops, cache_dtype,
-                             device, config.enforce_eager, kv, loaded.forms)  # fmt: skip
+        plan = replace(plan, num_pages=least(plan.num_pages))
+        blueprint = replace(blueprint, dims=_dims(config, limits, plan.num_pages))
+        runner = ModelRunner(blueprint, loaded.leaves, buckets, config.enforce_eager)
         _compile(runner, progress)
         actual = runner.memory()
-        known = actual.temporaries or temporaries  # nothing is compiled yet with enforce_eager
-        if limit is None or config.num_gpu_blocks_override or actual.total <= limit:
+        most = -least(-actual.temporaries)
+        known = most or temporaries  # nothing is compiled yet with enforce_eager
+        if limit is None or config.num_gpu_blocks_override or actual.weights + actual.cache + most <= limit:
             runner.allocate()
             return runner, replace(plan, temporaries=known), config
         temporaries = known
+
+
+def make_blueprint(config: EngineConfig, parallel: Parallel, forms: Forms = NO_FORMS) -> Blueprint:
+    """config: resolved. Without pages yet."""
+    whole, page_size = parallel.sharding.config, int(config.block_size)
+    kv = kv_cache.layout(whole, int(config.max_model_len or 0), page_size, not config.disable_hybrid_kv_cache_manager)
+    ops = _kernels(config, parallel.placements[0].devices[0])
+    dims = _dims(config, _limits(config, whole, kv.reaches, 0), 0)
+    return Blueprint(parallel, jnp.dtype(config.dtype), forms, kv, jnp.dtype(_cache_dtype(config, whole)), ops, dims)
 
 
 def _kernels(config: EngineConfig, device: jax.Device) -> Ops:
@@ -246,10 +264,12 @@ def _dims(config: EngineConfig, limits: Limits, num_pages: int) -> Dims:
                 Slots(config.num_loras, config.max_lora_rank))  # fmt: skip
 
 
-def _expected_temporaries(config: DecoderConfig, buckets: tuple[Bucket, ...], itemsize: int) -> int:
+def _expected_temporaries(parallel: Parallel, buckets: tuple[Bucket, ...], itemsize: int) -> int:
     """A first guess, replaced by the compiler's account: a few activations of the widest layer, two sets of logits."""
-    tokens, rows = buckets[-1]
-    return 4 * tokens * max(config.widest, 2 * config.embed_dim) * itemsize + 2 * rows * config.vocab_size * 4
+    (tokens, rows), size = buckets[-1], parallel.sharding.size
+    widest, whole = parallel.local.widest, parallel.sharding.config
+    logits = 2 * -(-rows // size) * whole.vocab_size * 4
+    return 4 * tokens * max(widest, 2 * whole.embed_dim) * itemsize + logits
 
 
 def _compile(runner: ModelRunner, progress: bool) -> None:

@@ -101,18 +101,22 @@ class SafetensorsFile:
 
     def read(self, name: str) -> np.ndarray:
         """A read-only view of the file; nothing is copied."""
+        return self._view(self.entries[name])
+
+    def _view(self, e: Entry) -> np.ndarray:
         if self._data is None:
             raise ValueError(f"{self.path} is closed.")
-        e = self.entries[name]
         if e.end == e.begin:
             return np.empty(e.shape, e.dtype)
         return np.frombuffer(self._data, e.dtype, math.prod(e.shape), e.begin).reshape(e.shape)
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Copies, or casts, into `out`. A plain read is three times as fast as a copy out of the map."""
-        e = self.entries[name]
+        self._read_entry(name, self.entries[name], out)
+
+    def _read_entry(self, name: str, e: Entry, out: np.ndarray) -> None:
         if self._data is None or out.dtype != e.dtype or out.shape != e.shape or not out.flags.c_contiguous:
-            out[...] = self.read(name)
+            out[...] = self._view(e)
             return
         self._file.seek(e.begin)
         rest = out.reshape(-1).view(np.uint8).data
@@ -121,6 +125,17 @@ class SafetensorsFile:
             if not n:
                 raise ValueError(f"{self.path} became shorter while tensor {name} was read from it.")
             rest = rest[n:]
+
+    def read_slice_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+        """Copies, or casts, a part; only that is read."""
+        e = self.entries[name]
+        rows = index[0].indices(e.shape[0])[:2]
+        if any(s.indices(n)[:2] != (0, n) for s, n in zip(index[1:], e.shape[1:])):
+            out[...] = self.read(name)[index]
+            return
+        width = (e.end - e.begin) // max(1, e.shape[0])
+        part = Entry(e.dtype, (rows[1] - rows[0], *e.shape[1:]), e.begin + rows[0] * width, e.begin + rows[1] * width)
+        self._read_entry(name, part, out)
 
     def close(self) -> None:
         self._close()
@@ -216,6 +231,10 @@ class SafetensorsCheckpoint:
     def read_into(self, name: str, out: np.ndarray) -> None:
         """`out`: the checkpoint's shape, any float dtype."""
         self._files[name].read_into(name, out)
+
+    def read_slice_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+        """`out`: the shape of a part of the tensor, any float dtype."""
+        self._files[name].read_slice_into(name, index, out)
 
     def file_of(self, name: str) -> str:
         """The name of the file that a tensor is in."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import jaxpaged
-from jaxpaged import cli_clients, cli_convert, cli_serve
+from jaxpaged import cli_clients, cli_convert, cli_plan, cli_serve
 from jaxpaged.cli_clients import ApiKey, ModelName, Url
 from jaxpaged.flags import engine_flags
 from jaxpaged.request import RequestError, RequestOutput
@@ -252,6 +252,7 @@ app.command(cls=cli_serve.ManyValues)(cli_serve.serve)
 bench_app.command()(cli_clients.serve)
 app.command()(cli_clients.complete)
 app.command()(cli_convert.convert)
+app.command()(cli_plan.plan)
 app.command("run-batch")(cli_clients.run_batch)
 
 

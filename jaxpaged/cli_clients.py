@@ -97,13 +97,13 @@ def run_batch(
 @asynccontextmanager
 async def _open_app(engine: dict[str, Any], names: list[str], quiet: bool) -> AsyncIterator[Any]:
     """The server's application, without a server, over an engine with these flags."""
-    from jaxpaged.build import build_engine
+    from jaxpaged.build_replicas import build_replicas
     from jaxpaged.config import EngineConfig
     from jaxpaged_server.app import create_app
     from jaxpaged_server.options import ServerOptions
     from jaxpaged_server.service import open_service
 
-    built = build_engine(EngineConfig(**engine), progress=not quiet)
+    built = build_replicas(EngineConfig(**engine), progress=not quiet)
     app = create_app(open_service(built, ServerOptions(served_model_name=tuple(names))))
     async with app.router.lifespan_context(app):
         yield app

@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 
 from jaxpaged.config import NOTHING_ASKED, EngineConfig, without_nothing_asked
 from jaxpaged.flags import HELP, config_flags
+from jaxpaged.nodes import NODES_HELP, Nodes, place
 from jaxpaged.request import RequestError
 from jaxpaged_server.options import ServerOptions
 
@@ -71,7 +72,8 @@ MANY = {f.name for f in fields(ServerOptions) if isinstance(f.default, tuple)}
 # vLLM's flags that mean nothing here: taken, with a note. True: the flag has a value.
 NOTED: dict[str, bool] = {
     "disable_log_requests": False, "disable_fastapi_docs": False, "enable_server_load_tracking": False,
-    "api_server_count": True, "uvicorn_log_level": True, "enable_ssl_refresh": False, "disable_frontend_multiprocessing": False,
+    "api_server_count": True, "uvicorn_log_level": True, "enable_ssl_refresh": False, "headless": False,
+    "disable_frontend_multiprocessing": False,
     "chat_template_content_format": True, "h11_max_incomplete_event_size": True, "h11_max_header_count": True,
     "use_v2_block_manager": False, "num_scheduler_steps": True, "max_seq_len_to_capture": True, "guided_decoding_backend": True,
     "numa_bind": False, "optimization_level": True, "performance_mode": True, "prefix_caching_hash_algo": True,
@@ -127,7 +129,7 @@ def _notes(given: dict[str, Any]) -> list[str]:
 
 
 @tolerated
-@config_flags({**HELP, **SERVER_HELP}, EngineConfig, ServerOptions)
+@config_flags({**HELP, **SERVER_HELP, **NODES_HELP}, EngineConfig, ServerOptions, Nodes)
 def serve(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help='Like --model. (default: "demo")')] = None,
     model_flag: Annotated[
@@ -142,7 +144,8 @@ def serve(
     options = server_options(flags)
     engine = {f.name: flags[f.name] for f in fields(EngineConfig) if f.name in flags}
     engine["model"] = model or model_flag or engine.get("model", "demo")
-    raise typer.Exit(run(EngineConfig(**engine), options, notes))
+    nodes = Nodes(**{f.name: flags[f.name] for f in fields(Nodes) if f.name in flags})
+    raise typer.Exit(run(EngineConfig(**engine), options, notes, nodes))
 
 
 def server_options(flags: dict[str, Any]) -> ServerOptions:
@@ -157,16 +160,21 @@ def server_options(flags: dict[str, Any]) -> ServerOptions:
     return ServerOptions(**given)
 
 
-def run(config: EngineConfig, options: ServerOptions, notes: Sequence[str] = ()) -> int:
-    """Listens, builds the engine, serves. The exit status. notes: for the log."""
+def run(config: EngineConfig, options: ServerOptions, notes: Sequence[str] = (), nodes: Nodes | None = None) -> int:
+    """Listens, builds the engine (or engines), serves. The exit status. notes: for the log. nodes: processes of one engine."""
     from jaxpaged_server import run as server
     from jaxpaged_server.service import open_service
 
     server.set_up_logs(options.log_format, options.log_level)
     for note in notes:
         log.warning("%s", note)
-    with server.listen(options) as sock:  # before JAX is imported: a port in use is said at once
-        from jaxpaged.build import build_engine
+    among = place(nodes or Nodes(), os.environ)
+    if among is not None:
+        from jaxpaged import serve_many
 
-        built = build_engine(config, progress=options.log_format == "text")
+        serve_many.run(config, options, among)
+    with server.listen(options) as sock:  # before JAX is imported: a port in use is said at once
+        from jaxpaged.build_replicas import build_replicas
+
+        built = build_replicas(config, progress=options.log_format == "text")
         return server.serve(open_service(built, options), sock)

@@ -20,8 +20,8 @@ POLICIES = ("fcfs", "priority")
 NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "tokenizer_mode": ("auto", "hf", "slow"), "tokenizer_revision": (None,), "runner": ("auto", "generate"),
     "convert": ("auto", "none"), "cpu_offload_gb": (0,),
-    "swap_space": (0, 4), "fully_sharded_loras": (False,), "enable_sleep_mode": (False,), "enable_expert_parallel": (False,),
-    "data_parallel_size": (1,), "distributed_executor_backend": (None, "mp", "uni"), "disable_custom_all_reduce": (False, True),
+    "swap_space": (0, 4), "fully_sharded_loras": (False,), "enable_sleep_mode": (False,),
+    "distributed_executor_backend": (None, "mp", "uni"), "disable_custom_all_reduce": (False, True),
     "disable_sliding_window": (False,), "speculative_config": (None,), "compilation_config": (None,),
     "structured_outputs_config": (None,), "logits_processors": (None,), "logprobs_mode": ("raw_logprobs",),
     "download_dir": (None,), "allowed_local_media_path": ("",), "limit_mm_per_prompt": (None,), "attention_backend": (None,),
@@ -53,6 +53,9 @@ class EngineConfig:
     kernel_backend: of pallas_kernels: "auto" (for each operation the best one that can), "triton", "mosaic_gpu",
       "reference". debug_checks: each step also checks page ids and lengths on the device: slow, for tests.
     compilation_cache_dir: where compiled programs are kept ("auto": the user's cache folder; None: nowhere).
+    tensor_parallel_size: devices that share each layer. pipeline_parallel_size: groups of them that have some of the layers
+      each. data_parallel_size: engines that have all of that each, and share the requests.
+    enable_expert_parallel: the devices of a tensor-parallel group have some of the experts each, and not some of each expert.
     """
 
     model: str = "demo"
@@ -92,6 +95,8 @@ class EngineConfig:
     compilation_cache_dir: str | None = "auto"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     trust_remote_code: bool = False
     disable_log_stats: bool = True
 
@@ -109,7 +114,7 @@ class EngineConfig:
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
         for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             _positive(name, getattr(self, name), auto=True)
-        for name in ("max_loras", "max_lora_rank"):
+        for name in ("max_loras", "max_lora_rank", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             _positive(name, getattr(self, name))
         for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override", "max_cpu_loras"):
             if getattr(self, name) is not None:
@@ -124,9 +129,6 @@ class EngineConfig:
         self._check_not_yet()
 
     def _check_not_yet(self) -> None:
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if getattr(self, name) != 1:
-                raise RequestError(f"{name}={getattr(self, name)} is not supported: this version runs on one device.")
         if self.trust_remote_code:
             raise RequestError("trust_remote_code=True is refused: no code of a checkpoint is ever run.")
         if not self.enable_chunked_prefill:

@@ -8,6 +8,7 @@ while the device does. Tokens are the same either way.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import time
 from collections import deque
@@ -20,6 +21,7 @@ import numpy as np
 from jaxpaged import admission, batch, scheduler
 from jaxpaged.adapter import Adapter
 from jaxpaged.batch import Batch, Bucket, Sampled
+from jaxpaged.journal import Aborted, Added, Committed, Failed, Journal, Reset, Scheduled, sequences
 from jaxpaged.outputs import Group, Track
 from jaxpaged.request import EngineOutput, FinishReason, PoolingParams, Request, RequestError, SamplingParams
 from jaxpaged.scheduler import Limits, Plan
@@ -98,15 +100,17 @@ class Engine:
         self.eos_ids, self.max_logprobs = eos_ids, max_logprobs
         self.async_scheduling, self.seed = async_scheduling, seed
         self.state = scheduler.initial(limits)
+        self.journal: Journal | None = None  # is told of whatever changes the state
         self.counters = Counters()
         self._buckets = tuple(buckets)
         self._inbox: deque[tuple[str, Any]] = deque()  # append and popleft are atomic: any thread may submit
         self._in_flight: deque[InFlight] = deque()
+        self._depth = max(2, limits.pipeline) if async_scheduling else 1  # steps in flight while one is waited for
         self._groups: dict[str, Group] = {}
         self._tracks: dict[str, tuple[Group, Track]] = {}  # by the id of the single-sample request
         self._touched: dict[str, Group] = {}  # by request id: what has changed since the last report
         self._reserved: set[str] = set()  # ids submitted and not finished
-        self._num_submitted = 0
+        self.numbers = itertools.count(1)  # of requests, in the order they came in; replicas share one
         self._num_queued = -limits.max_num_seqs  # below 0: free slots
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -132,9 +136,8 @@ class Engine:
         else:
             request = admission.make_request(request_id, prompt, params, self.limits, self.tokenizer, self.eos_ids,
                                              self.max_logprobs, **more)  # fmt: skip
-        self._num_submitted += 1
-        sampling = self._with_seed(request.params, self._num_submitted)
-        request = replace(request, arrival=self._num_submitted, params=sampling, adapter=adapter)
+        number = next(self.numbers)
+        request = replace(request, arrival=number, params=self._with_seed(request.params, number), adapter=adapter)
         scheduler.check_fits(self.limits, request)
         self._reserved.add(request_id)
         self._inbox.append(("add", (request, time.monotonic())))
@@ -189,7 +192,7 @@ class Engine:
         batch_ = self._schedule()
         try:
             dispatched = batch_ is not None and self._dispatch(*batch_)
-            filling = dispatched and self.async_scheduling and len(self._in_flight) == 1
+            filling = dispatched and len(self._in_flight) < self._depth
             sampled = None if filling or not self._in_flight else self._wait()
         except Exception as error:  # a step that fails takes its own requests down, not the engine
             self._fail(error)
@@ -221,14 +224,16 @@ class Engine:
             elif kind == "abort":
                 self._abort(value)
             else:
-                self.state = scheduler.reset_prefix_cache(self.state)
+                self._reset()
         self._count_queued()
 
     def _count_queued(self) -> None:
         self._num_queued = len(self.state.waiting) + len(self.state.slot_of) - self.limits.max_num_seqs
 
     def _add(self, request: Request, arrived: float) -> None:
-        children = _samples(request)
+        if self.journal is not None:
+            self.journal(Added(request))
+        children = sequences(request)
         tracks = [Track(i, child, self.tokenizer) for i, child in enumerate(children)]
         group = Group(request, tracks, arrived)
         self._groups[request.id] = group
@@ -241,15 +246,24 @@ class Engine:
         group = self._groups.get(request_id)
         if group is None:
             return
-        for track in group.tracks:
-            if track.finish_reason is None:
-                self.state = scheduler.abort(self.state, track.request.id)
-                track.end(FinishReason.ABORT)
-                group.changed.add(track.index)
-                self._touched[request_id] = group
+        going = [track for track in group.tracks if track.finish_reason is None]
+        if self.journal is not None and going:
+            self.journal(Aborted(tuple(track.request.id for track in going)))
+        for track in going:
+            self.state = scheduler.abort(self.state, track.request.id)
+            track.end(FinishReason.ABORT)
+            group.changed.add(track.index)
+            self._touched[request_id] = group
+
+    def _reset(self) -> None:
+        if self.journal is not None:
+            self.journal(Reset())
+        self.state = scheduler.reset_prefix_cache(self.state)
 
     def _schedule(self) -> tuple[Plan, Batch] | None:
         """The next batch; None if there is nothing to compute now."""
+        if self.journal is not None:
+            self.journal(Scheduled())
         self.state, plan = scheduler.schedule(self.state)
         self._note_scheduled(plan)
         if not len(plan.slots):
@@ -287,12 +301,16 @@ class Engine:
         self.state, committed = scheduler.commit(self.state, step.plan, sampled.tokens, finite)
         if sampled.prompt_logprobs is not None:
             self._score_prompts(step, sampled)
-        now = time.monotonic()
+        ended, now = [], time.monotonic()
         for request_id, slot, generation, token, finish, row in committed.items():
             group, track = self._tracks[request_id]
             self._touched[group.request.id] = group
             if self._push(group, track, token, finish, sampled, row, now):
                 self.state = scheduler.finish(self.state, slot, generation)
+                ended.append((slot, generation))
+        if self.journal is not None:
+            n = len(step.plan.slots)
+            self.journal(Committed(sampled.tokens[:n], finite[:n], tuple(ended)))
 
     def _push(self, group: Group, track: Track, token: int, finish: FinishReason | None, sampled: Sampled, row: int,
               now: float) -> bool:  # fmt: skip
@@ -347,7 +365,10 @@ class Engine:
         while self._in_flight:
             self.state, ids = scheduler.fail(self.state, self._in_flight.popleft().plan)
             failed.update(ids)
-        if self.runner.recover():
+        lost = self.runner.recover()
+        if self.journal is not None:
+            self.journal(Failed(lost))
+        if lost:
             self.state, ids = scheduler.fail_running(self.state)
             failed.update(ids)
         for request_id in failed:
@@ -361,12 +382,3 @@ class Engine:
         """Ends everything and frees the device memory."""
         self._in_flight.clear()
         self.runner.close()
-
-
-def _samples(request: Request) -> list[Request]:
-    """n requests of one sample each; they share the prompt's pages through the prefix cache."""
-    n, params = request.params.n, request.params
-    if n == 1:
-        return [request]
-    seed = params.seed or 0
-    return [replace(request, id=f"{request.id}/{i}", params=params.clone(n=1, seed=(seed + i) % 2**64)) for i in range(n)]

@@ -19,7 +19,7 @@ from jaxpaged.config import CACHE_DTYPES, DTYPES, LOAD_FORMATS, POLICIES, Engine
 from jaxpaged.request import RequestError, refuse_unknown
 
 MODEL, MEMORY, SCHEDULING, LORA = "Model", "Memory", "Scheduling", "LoRA adapters"
-COMPILING = "Compilation and device"
+COMPILING, DEVICES = "Compilation and device", "Many devices"
 
 JSON_FIELDS = ("hf_overrides", "default_chat_template_kwargs", "override_generation_config")  # objects, given as JSON
 
@@ -60,8 +60,10 @@ HELP: dict[str, tuple[str, str]] = {
     "kernel_backend": (COMPILING, "Of attention and the other kernels: auto, triton, mosaic_gpu or reference."),
     "debug_checks": (COMPILING, "Check page ids and lengths in each step, on the device; slow."),
     "compilation_cache_dir": (COMPILING, 'Where compiled programs are kept; "none": nowhere.'),
-    "tensor_parallel_size": (COMPILING, "1: this version runs on one device."),
-    "pipeline_parallel_size": (COMPILING, "1: this version runs on one device."),
+    "tensor_parallel_size": (DEVICES, "Devices that share each layer."),
+    "pipeline_parallel_size": (DEVICES, "Groups of devices that have some of the layers each."),
+    "data_parallel_size": (DEVICES, "Engines, each on devices of its own, that share the requests."),
+    "enable_expert_parallel": (DEVICES, "Devices have some of the experts each, not some of each expert."),
     "disable_log_stats": (COMPILING, "No periodic statistics in the log."),
 }
 

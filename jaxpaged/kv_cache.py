@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxpaged.axis import ONE, Axis
 from jaxpaged.models import adapters as lora
 from jaxpaged.models.adapters import Sorted
 from jaxpaged.models.spec import AttentionSpec, DecoderConfig, LayerSpec, MLASpec
@@ -28,11 +29,20 @@ class Layout(NamedTuple):
 
     reaches: tuple[Reach, ...]  # of each group
     places: Places
+    first: int = 0  # layer, of a part of the model
 
     @property
     def size(self) -> int:
         """Layers of a group: sets of arrays that there are."""
         return 1 + max(place for _, place in self.places)
+
+    def of(self, layers: range) -> Layout:
+        """The layout of some of the layers: the same groups, with as many arrays as the largest has layers there."""
+        seen, places = [0] * len(self.reaches), []
+        for group, _ in self.places[layers.start : layers.stop]:
+            places.append((group, seen[group]))
+            seen[group] += 1
+        return Layout(self.reaches, tuple(places), layers.start)
 
 
 def layout(config: DecoderConfig, max_model_len: int, page_size: int, hybrid: bool = True) -> Layout:
@@ -58,19 +68,14 @@ def layer_specs(spec: LayerSpec, num_pages: int, page_size: int, dtype: Any) -> 
 
 def specs(config: DecoderConfig, layout: Layout, num_pages: int, page_size: int, dtype: Any) -> list[jax.ShapeDtypeStruct]:
     """Shapes of all cache arrays: those of a group's first layer, of its second, ..."""
-    first = {place: spec for spec, (_, place) in zip(reversed(config.layers), reversed(layout.places))}
+    layers = config.layers[layout.first : layout.first + len(layout.places)]
+    first = {place: spec for spec, (_, place) in zip(reversed(layers), reversed(layout.places))}
     return [array for place in range(layout.size) for array in layer_specs(first[place], num_pages, page_size, dtype)]
 
 
 def page_bytes(config: DecoderConfig, layout: Layout, page_size: int, dtype: Any) -> int:
     """Bytes that one page takes over all layers of its group."""
     return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs(config, layout, 1, page_size, dtype))
-
-
-def create(specs: Sequence[jax.ShapeDtypeStruct], device: jax.Device) -> list[Array]:
-    """Zeroed caches on `device`."""
-    with jax.default_device(device):
-        return [jax.device_put(jnp.zeros(s.shape, s.dtype), device) for s in specs]
 
 
 def spread(x: Array) -> Array:
@@ -113,8 +118,9 @@ class PagedStep:
     caches are collected in `caches`."""
 
     def __init__(self, config: DecoderConfig, layout: Layout, ops: Ops, caches: Sequence[Array], groups: Sequence[Pages],
-                 ragged: Ragged, adapters: Sorted | None = None):  # fmt: skip
+                 ragged: Ragged, adapters: Sorted | None = None, axis: Axis = ONE):  # fmt: skip
         self.config, self.layout, self.ops, self.groups, self.adapters = config, layout, ops, groups, adapters
+        self.axis = axis
         self.query_start, self.counts, self._row = ragged.query_start, ragged.counts, None
         if not config.causal:  # a query that sees all of its sequence is what a decode's is: each is a row of its own
             T = len(ragged.row_of_token)
@@ -132,7 +138,7 @@ class PagedStep:
         if isinstance(spec, MLASpec):
             return self._attend_latent(layer, spec, q, k)
         assert v is not None
-        group, place = self.layout.places[layer]
+        group, place = self._place(layer)
         caches, to = self._caches[place], self.groups[group]
         scales = dict(zip(("k_scales", "v_scales"), caches[2:]))
         spreads = caches[0].dtype == jnp.int8  # float8 has a scale in each number: it gains nothing
@@ -146,16 +152,16 @@ class PagedStep:
 
     def _attend_latent(self, layer: int, spec: MLASpec, q: Array, k: Array) -> Array:
         """The values are the keys' first numbers: one array is both, and what it gives beyond them is cut off."""
-        group, place = self.layout.places[layer]
+        group, place = self._place(layer)
         (cache,), to = self._caches[place], self.groups[group]
         cache = cache.at[to.pages, to.offsets].set(k.astype(cache.dtype), mode="drop")
         self._caches[place] = [cache]
         return self._attend(layer, spec, q, cache, cache)[..., : spec.kv_rank]
 
     def _attend(self, layer: int, spec: AttentionSpec | MLASpec, q: Array, k_pages: Array, v_pages: Array, **more) -> Array:
-        of, place = self.groups[self.layout.places[layer][0]], self.config.layers[layer]
+        of, place = self.groups[self._place(layer)[0]], self.config.layers[layer]
         if spec.alibi is not None:
-            more["alibi"] = jnp.asarray(spec.alibi, jnp.float32)
+            more["alibi"] = self.axis.part(jnp.asarray(spec.alibi, jnp.float32), spec.num_heads)
         if place.chunk is not None:
             more["chunk"] = place.chunk
         table, lengths = of.page_table, of.kv_lens
@@ -164,6 +170,9 @@ class PagedStep:
         out, _ = self.ops.paged_attention(q, k_pages, v_pages, table, lengths, self.query_start, self.counts, scale=spec.scale,
                                           window=place.window, soft_cap=spec.soft_cap, **more)  # fmt: skip
         return out
+
+    def _place(self, layer: int) -> tuple[int, int]:
+        return self.layout.places[layer - self.layout.first]
 
     def grouped_matmul(self, x: Array, w: Array, group_sizes: Array) -> Array:
         return self.ops.grouped_matmul(x, w, group_sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
 import time
 from collections.abc import Iterable, Sequence
@@ -12,10 +14,11 @@ from tqdm import tqdm
 
 from jaxpaged import beam
 from jaxpaged.adapter import Adapter, LoRARequest
-from jaxpaged.build import build_engine
+from jaxpaged.build_replicas import build_replicas
 from jaxpaged.config import EngineConfig, without_nothing_asked
 from jaxpaged.engine import Engine
 from jaxpaged.prompts import ParsedPrompt, parse_prompts
+from jaxpaged.replicas import router_of, share_numbers
 from jaxpaged.request import (
     BeamSearchParams,
     EmbeddingRequestOutput,
@@ -27,6 +30,7 @@ from jaxpaged.request import (
     SamplingParams,
 )
 from jaxpaged.scoring import ScoringRequestOutput, parse_pairs, score
+from jaxpaged.stepping import outputs_of
 from jaxpaged.tokenizer import Tokenizer
 
 LoRA = LoRARequest | str | None | Sequence[LoRARequest | str | None]
@@ -42,22 +46,26 @@ class Metric(NamedTuple):
 
 
 class LLM:
-    """A language model and the engine that runs it.
+    """A language model and the engine that runs it, or with data_parallel_size the engines that share the prompts.
 
     model: "demo", "demo-gemma3", a Hugging Face id, a folder, a .gguf file, or a Hugging Face config as a dictionary.
     params: weights in memory instead of the checkpoint's: a pytree (nested dictionaries, or an NNX state) with the
       decoder's paths. Everything else: `EngineConfig`'s fields.
     Raises ValueError (RequestError) for what cannot be: it says what was given, what is allowed and what to do.
 
-    Use it as a context manager, or call `close()`, to free the device memory at once.
+    Use it as a context manager, or call `close()`, to free the device memory at once. `engine`: the first one.
     """
 
     def __init__(self, model: str | dict[str, Any] = "demo", *, params: Any = None, use_tqdm: bool = True, **kwargs: Any):
         in_memory = model if isinstance(model, dict) else None
         kwargs = without_nothing_asked(kwargs)
         config = EngineConfig(model="<in memory>" if in_memory is not None else str(model), **kwargs)
-        self._built = build_engine(config, in_memory, params, progress=use_tqdm)
-        self.engine: Engine = self._built.engine
+        self._all_built = build_replicas(config, in_memory, params, progress=use_tqdm)
+        self._built = self._all_built[0]
+        self.engines: list[Engine] = [built.engine for built in self._all_built]
+        self.engine = self.engines[0]
+        share_numbers(self.engines)
+        self._router = router_of(self.engines)
         self.config: EngineConfig = self._built.config
         self.memory_plan = self._built.plan
         self._ids = itertools.count()
@@ -181,9 +189,9 @@ class LLM:
         start, tokens = time.perf_counter(), 0
         try:
             for request_id, prompt, p, prio, adapter in zip(ids, prompts, params, priority, loras):
-                self.engine.submit(request_id, prompt.content, p, prio, prompt.cache_salt, prompt.text, adapter)
-            while self.engine.has_work:
-                for output in self.engine.step():
+                self._submit(request_id, prompt, p, prio, adapter)
+            with contextlib.closing(outputs_of(self.engines)) as coming:
+                for output in coming:
                     outputs[output.request_id] = output
                     tokens += _num_tokens(output)
                     bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.1f} tokens/s", refresh=False)
@@ -193,13 +201,22 @@ class LLM:
             raise
         finally:
             bar.close()
+            for request_id in ids:
+                self._router.ended(request_id)
         return [outputs[request_id] for request_id in ids]
 
+    def _submit(self, request_id: str, prompt: ParsedPrompt, params: Any, priority: int, adapter: Adapter | None) -> None:
+        route = self._router.route(prompt.content, params, prompt.cache_salt, adapter)
+        engine = self.engines[route.engine]
+        engine.submit(request_id, prompt.content, params, priority, prompt.cache_salt, prompt.text, adapter)
+        self._router.began(request_id, route)
+
     def _abort_all(self, ids: list[str]) -> None:
-        for request_id in ids:
-            self.engine.abort(request_id)
-        while self.engine.has_work:
-            self.engine.step()
+        for engine in self.engines:
+            for request_id in ids:
+                engine.abort(request_id)
+            while engine.has_work:
+                engine.step()
 
     # -- LoRA adapters -----------------------------------------------------------------------------------------------
 
@@ -239,31 +256,34 @@ class LLM:
         return SamplingParams(**self._built.sampling_defaults)
 
     def get_metrics(self) -> list[Metric]:
-        """Counters and gauges of the engine, by vLLM's names where it has them."""
-        engine, c, s = self.engine, self.engine.counters, self.engine.stats()
+        """Counters and gauges of the engine, by vLLM's names where it has them; of several engines, added up."""
+        each, stats = [engine.counters for engine in self.engines], [engine.stats() for engine in self.engines]
+        count = lambda name: sum(getattr(one, name) for one in each)
+        stat = lambda name: sum(getattr(one, name) for one in stats)
+        finished = sum((collections.Counter(one.finished) for one in each), collections.Counter[str]())
         counters = {
-            "prompt_tokens": c.prompt_tokens,
-            "generation_tokens": c.generated_tokens,
-            "computed_tokens": c.computed_tokens,
-            "engine_steps": c.steps,
-            "failed_steps": c.failed_steps,
-            "num_preemptions": s.num_preemptions,
-            "prefix_cache_queries": s.prefix_queries,
-            "prefix_cache_hits": s.prefix_hits,
-            "compilations": self._built.runner.num_compilations,
-            "host_seconds": c.host_time - c.wait_time,
-            "wait_seconds": c.wait_time,
-            **{f"request_success_{reason}": count for reason, count in c.finished.items()},
+            "prompt_tokens": count("prompt_tokens"),
+            "generation_tokens": count("generated_tokens"),
+            "computed_tokens": count("computed_tokens"),
+            "engine_steps": count("steps"),
+            "failed_steps": count("failed_steps"),
+            "num_preemptions": stat("num_preemptions"),
+            "prefix_cache_queries": stat("prefix_queries"),
+            "prefix_cache_hits": stat("prefix_hits"),
+            "compilations": sum(built.runner.num_compilations for built in self._all_built),
+            "host_seconds": count("host_time") - count("wait_time"),
+            "wait_seconds": count("wait_time"),
+            **{f"request_success_{reason}": number for reason, number in finished.items()},
         }
-        usable = engine.limits.num_pages - 1
+        usable = sum(engine.limits.num_pages - 1 for engine in self.engines)
         gauges = {
-            "num_requests_running": s.num_running,
-            "num_requests_waiting": s.num_waiting,
-            "kv_cache_usage_perc": s.num_held_pages / usable,
+            "num_requests_running": stat("num_running"),
+            "num_requests_waiting": stat("num_waiting"),
+            "kv_cache_usage_perc": stat("num_held_pages") / usable,
             "kv_pages_total": usable,
-            "kv_pages_held": s.num_held_pages,
-            "kv_pages_cached": s.num_cached_pages,
-            "kv_pages_peak": c.peak_pages,
+            "kv_pages_held": stat("num_held_pages"),
+            "kv_pages_cached": stat("num_cached_pages"),
+            "kv_pages_peak": count("peak_pages"),
             "startup_seconds": sum(self._built.seconds.values()),
         }
         return [Metric(name, float(value), "counter") for name, value in counters.items()] + [
@@ -272,16 +292,21 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached pages. True: vLLM's answer for success."""
-        self.engine.reset_prefix_cache()
-        self.engine.step()
+        for engine in self.engines:
+            engine.reset_prefix_cache()
+            engine.step()
+        self._router.forget()
         return True
 
     def get_world_size(self) -> int:
-        return 1
+        """Devices in use."""
+        config = self.config
+        return config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size
 
     def close(self) -> None:
         """Frees the device memory. The object cannot be used afterwards."""
-        self.engine.close()
+        for engine in self.engines:
+            engine.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -21,8 +21,9 @@ from jaxpaged.models.quantized import NO_FORMS, Form, Forms, all_products
 from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.models.standard import Name
 from jaxpaged.orbax_checkpoint import OrbaxCheckpoint
+from jaxpaged.parallel import Parallel
 from jaxpaged.request import RequestError
-from jaxpaged.runner import abstract_decoder
+from jaxpaged.stage import abstract_decoder
 
 
 class Loaded(NamedTuple):
@@ -53,32 +54,33 @@ def _check_not_quantised(config: EngineConfig) -> None:
                            "quantization")  # fmt: skip
 
 
-def load(config: EngineConfig, family: Any, decoder_config: DecoderConfig, scheme: quantization.Scheme | None,
+def load(config: EngineConfig, family: Any, parallel: Parallel, scheme: quantization.Scheme | None,
          checkpoint: Checkpoint | None, params: Any, progress: bool) -> Loaded:  # fmt: skip
-    """family: the model's door. scheme: how the checkpoint is quantised. params: weights in memory instead of a checkpoint."""
+    """family: the model's door. parallel: the model, and where it goes. scheme: how the checkpoint is quantised. params:
+    weights in memory instead of a checkpoint."""
+    decoder_config = parallel.sharding.config
     if params is None and checkpoint is not None and config.load_format != "dummy":
-        p = prepare(config, family, decoder_config, scheme, checkpoint)
-        arrays = weights.load(p.checkpoint, p.leaves, p.names, progress=progress, ignore=p.ignored, forms=p.on_the_fly)
-        return Loaded(arrays, p.forms)
+        p = prepare(config, family, decoder_config, scheme, checkpoint, parallel.local)
+        return Loaded(weights.load(p.checkpoint, p.leaves, p.names, parallel, progress, p.ignored, p.on_the_fly), p.forms)
     form = scheme.form if scheme else quantization.ON_THE_FLY.get(config.quantization or "")
     if params is not None:
-        return _from_memory(config, decoder_config, form, params)
-    forms = _everywhere(decoder_config, form)
+        return _from_memory(config, parallel, form, params)
+    forms = _everywhere(parallel.local, form)
     _, _, leaves = abstract_decoder(decoder_config, config.dtype)
     if config.load_format == "dummy":
-        return Loaded(weights.dummy(leaves, config.seed, progress=progress, forms=forms), forms)
+        return Loaded(weights.dummy(leaves, config.seed, parallel, progress, forms), forms)
     raise RequestError("a model given as a config in memory needs params=..., or load_format='dummy'.", "params")
 
 
-def _from_memory(config: EngineConfig, decoder_config: DecoderConfig, form: Form | None, params: Any) -> Loaded:
+def _from_memory(config: EngineConfig, parallel: Parallel, form: Form | None, params: Any) -> Loaded:
     """A tree of floats, to be quantised in `form` if there is one; or one with quantised products."""
     if forms := weights.forms_of(params):
         _check_quantised(config, forms, "the tree")
-        _, _, leaves = abstract_decoder(decoder_config, config.dtype, forms)
-        return Loaded(weights.from_tree(params, leaves), forms)
-    forms = _everywhere(decoder_config, form)
-    _, _, leaves = abstract_decoder(decoder_config, config.dtype)
-    return Loaded(weights.from_tree(params, leaves, forms=forms), forms)
+        _, _, leaves = abstract_decoder(parallel.sharding.config, config.dtype, forms)
+        return Loaded(weights.from_tree(params, leaves, parallel), forms)
+    forms = _everywhere(parallel.local, form)
+    _, _, leaves = abstract_decoder(parallel.sharding.config, config.dtype)
+    return Loaded(weights.from_tree(params, leaves, parallel, forms), forms)
 
 
 class Prepared(NamedTuple):
@@ -94,24 +96,26 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: EngineConfig, family: Any, decoder_config: DecoderConfig, scheme: quantization.Scheme | None,
-            checkpoint: Checkpoint) -> Prepared:  # fmt: skip
-    """How a checkpoint of any kind is loaded. config: its dtype and quantization are read."""
-    names, ignored = family.names(decoder_config), standard.ignored(family, decoder_config)
+            checkpoint: Checkpoint, local: DecoderConfig | None = None) -> Prepared:  # fmt: skip
+    """How a checkpoint of any kind is loaded. config: its dtype and quantization are read. local: what each device will run,
+    if that is not all of the model: what is quantised as it is loaded is divided so that its groups fit."""
+    names, ignored, local = family.names(decoder_config), standard.ignored(family, decoder_config), local or decoder_config
     if isinstance(checkpoint, OrbaxCheckpoint):
-        return _from_orbax(config, decoder_config, checkpoint)
+        return _from_orbax(config, decoder_config, checkpoint, local)
     if config.quantization == "gguf" and isinstance(checkpoint, GGUFCheckpoint):
         checkpoint, plan = quantization.plan_gguf(checkpoint, names)
     elif scheme is not None:
         plan = quantization.plan(checkpoint, scheme, names)
     else:
-        forms = _everywhere(decoder_config, quantization.ON_THE_FLY.get(config.quantization or ""))
+        forms = _everywhere(local, quantization.ON_THE_FLY.get(config.quantization or ""))
         _, _, leaves = abstract_decoder(decoder_config, config.dtype)
         return Prepared(checkpoint, leaves, names, ignored, forms, forms)
     _, _, leaves = abstract_decoder(decoder_config, config.dtype, plan.forms)
     return Prepared(checkpoint, leaves, plan.names, ignored + plan.ignored, NO_FORMS, plan.forms)
 
 
-def _from_orbax(config: EngineConfig, decoder_config: DecoderConfig, checkpoint: OrbaxCheckpoint) -> Prepared:
+def _from_orbax(config: EngineConfig, decoder_config: DecoderConfig, checkpoint: OrbaxCheckpoint,
+                local: DecoderConfig) -> Prepared:  # fmt: skip
     """Its names are the leaves' paths, and its products are quantised already, if they are."""
     forms = {path: Form(**fields) for path, fields in checkpoint.forms.items()}
     if forms:
@@ -119,7 +123,7 @@ def _from_orbax(config: EngineConfig, decoder_config: DecoderConfig, checkpoint:
     else:
         _check_not_quantised(config)
     _, _, leaves = abstract_decoder(decoder_config, config.dtype, forms)
-    on_the_fly = NO_FORMS if forms else _everywhere(decoder_config, quantization.ON_THE_FLY.get(config.quantization or ""))
+    on_the_fly = NO_FORMS if forms else _everywhere(local, quantization.ON_THE_FLY.get(config.quantization or ""))
     return Prepared(checkpoint, leaves, as_they_are(leaves), (), on_the_fly, forms or on_the_fly)
 
 

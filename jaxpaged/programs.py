@@ -2,6 +2,8 @@
 once a bucket of rows and variant; together they would need the product. Between them nothing leaves the device.
 
     forward : (leaves, caches*, last_token, packed)         -> (caches*, hidden [E, T], rows [E, R])
+              of several stages each takes what the one before returns, x [E, T], for last_token, and the last one only returns
+              hidden and rows
     sample  : (head, rows [E, R], last_token*, packed)      -> (tokens and flags [2, R], last_token*, logits [R, V])
     score   : (logits [R, V], tokens [2, R])                -> logprobs of the sampled tokens
     score_prompt : (head, hidden [E, T], targets [T])       -> logprobs of the prompt's tokens
@@ -11,13 +13,16 @@ once a bucket of rows and variant; together they would need the product. Between
 
 `*`: donated. `last_token [S]` is the carry: what each slot sampled last, on the device, so that step n + 1 can be
 dispatched before the host has read step n.
+
+Each is what one device runs. Where several share each layer (`Axis`), all of them run it at once and have the same numbers in
+packed, x, hidden, rows, last_token and results; leaves, caches and head are each one's own, and so are the rows of logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +31,8 @@ from flax import nnx
 from jax import Array
 
 from jaxpaged import packing, sampler
-from jaxpaged.batch import Bucket, Edits, Sampling, Variant
+from jaxpaged.axis import ONE, Axis
+from jaxpaged.batch import Bucket, Edits, Sampling, TokenLogprobs, Variant
 from jaxpaged.kv_cache import Layout, PagedStep, Pages, Ragged
 from jaxpaged.models.adapters import NO_ADAPTERS, Slots, Sorted, sort
 from jaxpaged.models.decoder import Decoder, head_logits
@@ -34,6 +40,40 @@ from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.request import MAX_LOGIT_BIAS
 from jaxpaged.residents import NONE
 from pallas_kernels.ops import Ops
+
+SEQUENCE_TOKENS = 512  # with so many tokens each device normalises some of them only
+
+
+class Model(NamedTuple):
+    """What a device runs: a graph and tree of leaves (`stage.abstract_decoder`), of which it has those that are not None.
+    config: the local one. layers: those it runs; all, unless there are several stages."""
+
+    graph: nnx.GraphDef
+    treedef: Any
+    config: DecoderConfig
+    kv: Layout
+    ops: Ops
+    layers: range
+    held: tuple[bool, ...]  # of each leaf: it is there
+    axis: Axis = ONE
+
+    @property
+    def first(self) -> bool:
+        return self.layers.start == 0
+
+    @property
+    def last(self) -> bool:
+        return self.layers.stop == len(self.config.layers)
+
+    def decoder(self, leaves: Sequence[Array]) -> Decoder:
+        """leaves: those that are there."""
+        there = iter(leaves)
+        return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, [next(there) if held else None for held in self.held]))
+
+    def axis_for(self, num_tokens: int) -> Axis:
+        """The axis of a step over so many tokens."""
+        divides = self.axis.size > 1 and num_tokens % self.axis.size == 0
+        return self.axis._replace(sequence=divides and num_tokens >= SEQUENCE_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -99,24 +139,32 @@ def sample_layout(num_rows: int, variant: Variant, dims: Dims) -> packing.Layout
     }
 
 
-def make_forward(graph: nnx.GraphDef, treedef: Any, config: DecoderConfig, kv: Layout, ops: Ops, bucket: Bucket, dims: Dims,
-                 adapted: bool = False):  # fmt: skip
-    """The decoder over one batch. Padding tokens have row R: their keys go to page P, which does not exist (dropped)."""
-    layout = forward_layout(bucket, dims, adapted)
+def make_forward(model: Model, bucket: Bucket, dims: Dims, adapted: bool = False) -> Callable:
+    """The decoder, or a stage of it, over one batch. Padding tokens have row R: their keys go to page P, which does not exist
+    (dropped)."""
+    layout, axis = forward_layout(bucket, dims, adapted), model.axis_for(bucket.num_tokens)
 
-    def forward(leaves: Sequence[Array], caches: Sequence[Array], last_token: Array, packed: Array):
+    def forward(leaves: Sequence[Array], caches: Sequence[Array], x: Array, packed: Array):
         b = packing.unpack(layout, packed)
-        slot = b["slots"].at[b["row_of_token"]].get(mode="fill", fill_value=dims.num_slots)
-        carried = last_token.at[slot].get(mode="fill", fill_value=0)
-        tokens = jnp.where(b["carried"], carried, b["tokens"])
         adapters = _adapters(b, dims) if adapted else None
-        step = PagedStep(config, kv, ops, caches, _groups(b, dims), Ragged(*(b[name] for name in Ragged._fields)), adapters)
-        decoder: Decoder = nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
-        hidden = decoder.hidden(tokens, b["positions"], step)
-        last = jnp.maximum(b["query_start"][1:] - 1, 0)
-        return tuple(step.caches), hidden, hidden[:, last]
+        ragged = Ragged(*(b[name] for name in Ragged._fields))
+        step = PagedStep(model.config, model.kv, model.ops, caches, _groups(b, dims), ragged, adapters, axis)
+        decoder = model.decoder(leaves)
+        if model.first:
+            x = decoder.embedded(_tokens(b, x, dims), b["positions"], step)
+        x = decoder.through(x, model.layers, b["positions"], step)
+        if not model.last:
+            return tuple(step.caches), x
+        hidden = decoder.finished(x, step)
+        return tuple(step.caches), hidden, hidden[:, jnp.maximum(b["query_start"][1:] - 1, 0)]
 
     return forward
+
+
+def _tokens(b: dict[str, Array], last_token: Array, dims: Dims) -> Array:
+    """[T]: those that the host does not know are what their slot sampled last."""
+    slot = b["slots"].at[b["row_of_token"]].get(mode="fill", fill_value=dims.num_slots)
+    return jnp.where(b["carried"], last_token.at[slot].get(mode="fill", fill_value=0), b["tokens"])
 
 
 def _adapters(b: dict[str, Array], dims: Dims) -> Sorted:
@@ -135,35 +183,59 @@ def _groups(b: dict[str, Array], dims: Dims) -> list[Pages]:
     return found
 
 
-def make_sample(config: DecoderConfig, ops: Ops, num_rows: int, variant: Variant, dims: Dims) -> Callable:
-    layout = sample_layout(num_rows, variant, dims)
+def make_sample(model: Model, num_rows: int, variant: Variant, dims: Dims) -> Callable:
+    """Each device samples some of the rows: it gets all their words, and nobody gets all rows' words."""
+    layout, axis = sample_layout(num_rows, variant, dims), model.axis
 
     def sample(head: Sequence[Array], rows: Array, last_token: Array, packed: Array):
         b = packing.unpack(layout, packed)
-        raw = logits = head_logits(head, rows, config)
-        if variant == Variant.FULL:
-            last = last_token.at[b["slots"]].get(mode="fill", fill_value=0)
-            logits = sampler.edit(logits, Edits(*(b[name] for name in Edits._fields)), last, b["carried"])
-        if variant == Variant.GREEDY:
-            tokens = sampler.greedy(logits)
-        else:
-            sampling = Sampling(*(b[name] for name in Sampling._fields))
-            tokens = sampler.sample(logits, sampling, b["kv_lens"], ops.sample)
+        last = last_token.at[b["slots"]].get(mode="fill", fill_value=0)
+        raw = _rows_of_logits(head, rows, model, dims)
+        tokens, finite = _sampled(raw, {k: axis.mine(x) for k, x in b.items()}, axis.mine(last), variant, model.ops)
+        found = axis.join(jnp.stack([tokens, finite.astype(jnp.int32)], axis=1), num_rows).T
         place = jnp.where(b["samples"], b["slots"], dims.num_slots)
-        last_token = last_token.at[place].set(tokens, mode="drop")
-        finite = sampler.finite(raw) & sampler.finite(logits)
-        return jnp.stack([tokens, finite.astype(jnp.int32)]), last_token, raw
+        return found, last_token.at[place].set(found[0], mode="drop"), raw
 
     return sample
 
 
-def make_score(dims: Dims) -> Callable:
-    return lambda logits, tokens: sampler.logprobs(logits, tokens[0], dims.max_logprobs)
+def _rows_of_logits(head: Sequence[Array], hidden: Array, model: Model, dims: Dims) -> Array:
+    """hidden [E, R] -> all words of this device's rows, float32 [R / N, V]."""
+    return model.axis.exchange(head_logits(head, hidden, model.config))[:, : dims.vocab_size]
 
 
-def make_score_prompt(config: DecoderConfig, dims: Dims) -> Callable:
+def _sampled(raw: Array, b: dict[str, Array], last: Array, variant: Variant, ops: Ops) -> tuple[Array, Array]:
+    """Tokens of rows of logits, and whether these are numbers. last: what each row's slot sampled last."""
+    logits = raw
+    if variant == Variant.FULL:
+        logits = sampler.edit(logits, Edits(*(b[name] for name in Edits._fields)), last, b["carried"])
+    if variant == Variant.GREEDY:
+        tokens = sampler.greedy(logits)
+    else:
+        sampling = Sampling(*(b[name] for name in Sampling._fields))
+        tokens = sampler.sample(logits, sampling, b["kv_lens"], ops.sample)
+    return tokens, sampler.finite(raw) & sampler.finite(logits)
+
+
+def make_score(model: Model, dims: Dims) -> Callable:
+    """logits: this device's rows."""
+
+    def score(logits: Array, tokens: Array) -> TokenLogprobs:
+        return _scored(logits, tokens[0], model.axis, dims)
+
+    return score
+
+
+def _scored(logits: Array, tokens: Array, axis: Axis, dims: Dims) -> TokenLogprobs:
+    """Of tokens [R], from this device's rows of logits [R / N, V]."""
+    found = sampler.logprobs(logits, axis.mine(tokens), dims.max_logprobs)
+    return TokenLogprobs(*(axis.join(x, len(tokens)) for x in found))
+
+
+def make_score_prompt(model: Model, dims: Dims) -> Callable:
     def score_prompt(head: Sequence[Array], hidden: Array, targets: Array):
-        return sampler.prompt_logprobs(hidden.T, lambda x: head_logits(head, x.T, config), targets, dims.max_logprobs)
+        score = lambda x, tokens: _scored(_rows_of_logits(head, x.T, model, dims), tokens, model.axis, dims)
+        return sampler.prompt_logprobs(hidden.T, targets, score)
 
     return score_prompt
 

@@ -16,47 +16,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
-from jaxpaged import kv_cache, packing, programs
+from jaxpaged import packing, programs
 from jaxpaged.adapter import Adapter
 from jaxpaged.batch import Batch, Bucket, Sampled, TokenLogprobs, Variant
-from jaxpaged.models.adapters import NO_ADAPTERS, Slots, with_adapters
-from jaxpaged.models.decoder import Decoder, head_leaves
-from jaxpaged.models.quantized import NO_FORMS, Forms, quantize_modules
-from jaxpaged.models.spec import DecoderConfig
-from jaxpaged.programs import Dims
 from jaxpaged.residents import NONE
-from pallas_kernels.ops import Ops
-
-COPIES = 8  # pages that one call of the copy program copies
-TABLE = ".adapters."  # in the path of a leaf that holds LoRA adapters
+from jaxpaged.stage import COPIES, Blueprint, Stage
 
 Progress = Callable[[str, float], None]
 """(what was compiled, seconds it took)."""
-
-
-def abstract_decoder(
-    config: DecoderConfig, dtype: Any, forms: Forms = NO_FORMS, adapters: Slots = NO_ADAPTERS
-) -> tuple[nnx.GraphDef, Any, dict[str, jax.ShapeDtypeStruct]]:
-    """The model without memory: graph, tree of its leaves, and {dotted path: shape and dtype} in the tree's order.
-    forms: its quantised products. adapters: room for LoRA adapters, whose leaves are those with ".adapters." in their path."""
-    decoder = lambda: quantize_modules(Decoder(config, jnp.dtype(dtype)), forms)
-    graph, state = nnx.split(nnx.eval_shape(lambda: with_adapters(decoder(), adapters, jnp.dtype(dtype))))
-    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
-    leaves, treedef = jax.tree.flatten(state)
-    return graph, treedef, {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in zip(paths, leaves)}
-
-
-def adapter_bytes(config: DecoderConfig, adapters: Slots, dtype: Any) -> int:
-    """What room for LoRA adapters takes on the device."""
-    if not adapters.num:
-        return 0
-    _, _, leaves = abstract_decoder(config, dtype, adapters=adapters)
-    return sum(leaf.size * leaf.dtype.itemsize for path, leaf in leaves.items() if TABLE in path)
 
 
 class Handle(NamedTuple):
@@ -82,43 +52,38 @@ class Memory:
 
 
 class ModelRunner:
-    """Runs batches of one model on one device.
+    """Runs batches of one model.
 
-    leaves: {dotted path: array} for every path of `abstract_decoder`; forms: its quantised products. buckets: the shapes that
-    batches may have.
-    lazy: compile a program when it is first needed instead of all of them in `warm_up`.
+    leaves: {dotted path: array} for every path of `stage.abstract_decoder` but those of adapters, each where
+    `blueprint.parallel` puts it. buckets: the shapes that batches may have.
+    lazy: compile a program when it is first needed instead of all of them in `compile`.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        leaves: Mapping[str, Array],
-        buckets: Sequence[Bucket],
-        dims: Dims,
-        ops: Ops,
-        cache_dtype: Any,
-        device: jax.Device,
-        lazy: bool = False,
-        kv: kv_cache.Layout | None = None,
-        forms: Forms = NO_FORMS,
-    ):
-        self.config, self.dims, self.ops, self.device, self.lazy = config, dims, ops, device, lazy
-        self.buckets, self.cache_dtype = tuple(buckets), jnp.dtype(cache_dtype)
-        self.kv = kv or kv_cache.layout(config, dims.max_model_len, dims.page_size)
-        self._graph, self._treedef, abstract = abstract_decoder(config, leaves["embed.weight"].dtype, forms, dims.adapters)
-        self._tables = {path: spec for path, spec in abstract.items() if TABLE in path}
-        empty = kv_cache.create(list(self._tables.values()), device)
-        filled = {**leaves, **dict(zip(self._tables, empty))}
-        self._leaves = {path: filled[path] for path in abstract}
-        self._head = tuple(leaves[path] for path in head_leaves(config))
+    def __init__(self, blueprint: Blueprint, leaves: Mapping[str, Array], buckets: Sequence[Bucket], lazy: bool = False):
+        self.blueprint, self.dims, self.lazy, self.buckets = blueprint, blueprint.dims, lazy, tuple(buckets)
+        self.stages = [Stage(blueprint, number) for number in range(len(blueprint.parallel.layers))]
+        for stage in self.stages:
+            stage.fill(leaves)
         self._programs: dict[tuple, Any] = {}
         self.num_compilations = 0
-        self._caches: tuple[Array, ...] = ()
-        self._last_token = jax.device_put(jnp.zeros((dims.num_slots,), jnp.int32), device)
+        self._last_token = self._no_tokens()
 
     @property
     def embed_dim(self) -> int:
-        return self.config.embed_dim
+        return self.blueprint.parallel.local.embed_dim
+
+    @property
+    def leaves(self) -> dict[str, Array]:
+        """The whole model's, by path: as they are on the devices."""
+        return {path: array for stage in reversed(self.stages) for path, array in stage.leaves.items()}
+
+    @property
+    def last(self) -> Stage:
+        """The stage that samples."""
+        return self.stages[-1]
+
+    def _no_tokens(self) -> Array:
+        return self.last.place.put(np.zeros((self.dims.num_slots,), np.int32))
 
     # -- compiling ---------------------------------------------------------------------------------------------------
 
@@ -147,62 +112,45 @@ class ModelRunner:
 
     def allocate(self) -> None:
         """Creates the cache, empty. The old one, if any, is let go first."""
-        self._caches = ()
-        self._caches = tuple(kv_cache.create(self._cache_specs(), self.device))
+        for stage in self.stages:
+            stage.allocate()
 
     def memory(self) -> Memory:
-        """What the compiled programs need, from XLA's `memory_analysis()`."""
+        """What the compiled programs need on a device, from XLA's `memory_analysis()`."""
         temporaries = 0
         for program in self._programs.values():
             analysis = program.memory_analysis()
             if analysis is not None:
                 temporaries = max(temporaries, analysis.temp_size_in_bytes)
-        weights = sum(x.nbytes for x in self._leaves.values())
-        page = kv_cache.page_bytes(self.config, self.kv, self.dims.page_size, self.cache_dtype)
-        return Memory(weights, page * self.dims.num_pages, temporaries)
-
-    def _cache_specs(self) -> list[jax.ShapeDtypeStruct]:
-        return kv_cache.specs(self.config, self.kv, self.dims.num_pages, self.dims.page_size, self.cache_dtype)
+        return Memory(self.blueprint.weight_bytes, self.blueprint.page_bytes * self.dims.num_pages, temporaries)
 
     def _all_programs(self) -> list[tuple]:
-        kinds = (False, True) if self._tables else (False,)
-        keys: list[tuple] = [("forward", bucket, adapted) for bucket in reversed(self.buckets) for adapted in kinds]
+        adapters, stages = bool(self.dims.adapters.num), range(len(self.stages))
+        kinds = (False, True) if adapters else (False,)
+        keys: list[tuple] = [("forward", i, b, adapted) for b in reversed(self.buckets) for i in stages for adapted in kinds]
         rows = sorted({bucket.num_rows for bucket in self.buckets})
         keys += [("sample", r, variant) for r in rows for variant in Variant]
         keys += [("score", r) for r in rows]
         keys += [("score_prompt", bucket.num_tokens) for bucket in self.buckets]
         keys += [("pool", bucket) for bucket in self.buckets]
-        return [*keys, ("copy",), *([("load_adapter",)] if self._tables else [])]
+        return [*keys, *(("copy", i) for i in stages), *(("load_adapter", i) for i in stages if adapters)]
 
     def _lower(self, key: tuple) -> Any:
-        d, leaves = self.dims, [_spec(x) for x in self._leaves.values()]
-        caches = self._cache_specs()
-        head, last, E = tuple(map(_spec, self._head)), _spec(self._last_token), self.config.embed_dim
-        act = self._head[0].dtype
         match key:
-            case ("forward", bucket, adapted):
-                f = programs.make_forward(self._graph, self._treedef, self.config, self.kv, self.ops, bucket, d, adapted)
-                packed = _ints(packing.size(programs.forward_layout(bucket, d, adapted)))
-                return jax.jit(f, donate_argnums=1).lower(tuple(leaves), tuple(caches), last, packed)
+            case ("forward", i, bucket, adapted):
+                return self.stages[i].lower_forward(bucket, adapted)
             case ("sample", rows, variant):
-                f = programs.make_sample(self.config, self.ops, rows, variant, d)
-                packed = _ints(packing.size(programs.sample_layout(rows, variant, d)))
-                return jax.jit(f, donate_argnums=2).lower(head, jax.ShapeDtypeStruct((E, rows), act), last, packed)
+                return self.last.lower_sample(rows, variant)
             case ("score", rows):
-                logits = jax.ShapeDtypeStruct((rows, d.vocab_size), jnp.float32)
-                return jax.jit(programs.make_score(d)).lower(logits, _ints(2, rows))
+                return self.last.lower_score(rows)
             case ("score_prompt", tokens):
-                hidden = jax.ShapeDtypeStruct((E, tokens), act)
-                return jax.jit(programs.make_score_prompt(self.config, d)).lower(head, hidden, _ints(tokens))
+                return self.last.lower_score_prompt(tokens)
             case ("pool", bucket):
-                hidden, rows = (jax.ShapeDtypeStruct((E, n), act) for n in bucket)
-                return jax.jit(programs.pool).lower(hidden, rows, _ints(bucket.num_tokens))
-            case ("copy",):
-                return jax.jit(programs.copy_pages, donate_argnums=0).lower(tuple(caches), _ints(COPIES, 2))
-            case ("load_adapter",):
-                tables = tuple(self._tables.values())
-                new = tuple(jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype) for spec in tables)
-                return jax.jit(programs.load_adapter, donate_argnums=0).lower(tables, new, _ints())
+                return self.last.lower_pool(bucket)
+            case ("copy", i):
+                return self.stages[i].lower_copy()
+            case ("load_adapter", i):
+                return self.stages[i].lower_load_adapter()
         raise AssertionError(key)
 
     def _program(self, *key: Any) -> Any:
@@ -220,24 +168,32 @@ class ModelRunner:
         for place, adapter in batch.loads:
             self._load_adapter(place, adapter)
         self._copy(batch.copies)
-        adapted = bool(self._tables) and bool((batch.adapters != NONE).any())
-        packed = self._put(packing.pack(programs.forward_layout(bucket, self.dims, adapted), batch._asdict()))
-        forward = self._program("forward", bucket, adapted)
-        leaves = tuple(self._leaves.values())
-        self._caches, hidden, rows = forward(leaves, self._caches, self._last_token, packed)
+        hidden, rows = self._forward(batch, bucket)
         tokens, self._last_token, logits = self._sample(batch, rows)
         logprobs = prompt_logprobs = pooled = None
+        put, head = self.last.place.put, self.last.head
         if batch.num_logprobs >= 0:
             logprobs = self._program("score", bucket.num_rows)(logits, tokens)
         if batch.prompt_logprobs:
-            program = self._program("score_prompt", bucket.num_tokens)
-            prompt_logprobs = program(self._head, hidden, self._put(batch.targets))
+            prompt_logprobs = self._program("score_prompt", bucket.num_tokens)(head, hidden, put(batch.targets))
         if batch.pools:
-            pooled = self._program("pool", bucket)(hidden, rows, self._put(batch.row_of_token))
+            pooled = self._program("pool", bucket)(hidden, rows, put(batch.row_of_token))
         handle = Handle(tokens, logprobs, prompt_logprobs, pooled)
         for array in jax.tree.leaves(handle):
             array.copy_to_host_async()
         return handle
+
+    def _forward(self, batch: Batch, bucket: Bucket) -> tuple[Array, Array]:
+        """Hidden states of all tokens and of each row's last: one stage after the other."""
+        adapted = bool(self.dims.adapters.num) and bool((batch.adapters != NONE).any())
+        packed = packing.pack(programs.forward_layout(bucket, self.dims, adapted), batch._asdict())
+        out: tuple[Array, ...] = (self._last_token,)
+        for i, stage in enumerate(self.stages):
+            forward = self._program("forward", i, bucket, adapted)
+            x = out[0] if len(self.stages) == 1 else jax.device_put(out[0], stage.input_sharding(bucket.num_tokens))
+            stage.caches, *out = forward(tuple(stage.leaves.values()), stage.caches, x, stage.place.put(packed))
+        hidden, rows = out
+        return hidden, rows
 
     def collect(self, handle: Handle) -> Sampled:
         """Waits for a step and brings its results to the host."""
@@ -248,23 +204,26 @@ class ModelRunner:
     def recover(self) -> bool:
         """After a failed step: if its donated arrays are gone or hold an error, new empty ones. True if the cache was
         lost."""
-        arrays = (*self._caches, self._last_token, *(self._leaves[path] for path in self._tables))
+        arrays = [self._last_token, *(array for stage in self.stages for array in stage.state)]
         if not any(array.is_deleted() for array in arrays):
             try:
                 jax.block_until_ready(arrays)
                 return False
             except Exception:  # whatever the device says: these contents cannot be trusted
                 pass
-        self._last_token = jax.device_put(jnp.zeros((self.dims.num_slots,), jnp.int32), self.device)
-        self._leaves |= zip(self._tables, kv_cache.create(list(self._tables.values()), self.device))
+        self._last_token = self._no_tokens()
+        for stage in self.stages:
+            stage.empty_tables()
         self.allocate()
         return True
 
     def close(self) -> None:
         """Frees the device memory of cache, carry and programs."""
-        for array in (*self._caches, self._last_token):
+        for array in (self._last_token, *(array for stage in self.stages for array in stage.caches)):
             array.delete()
-        self._caches, self._leaves, self._programs = (), {}, {}
+        for stage in self.stages:
+            stage.caches, stage.leaves = (), {}
+        self._programs = {}
 
     def _sample(self, batch: Batch, rows: Array) -> tuple[Array, Array, Array]:
         fields = batch._asdict() | batch.sampling._asdict()
@@ -273,29 +232,23 @@ class ModelRunner:
             last = np.maximum(batch.query_start[1:] - 1, 0)
             fields |= batch.edits._asdict() | {"carried": batch.carried[last]}
         num_rows = len(batch.slots)
-        packed = self._put(packing.pack(programs.sample_layout(num_rows, batch.variant, self.dims), fields))
-        return self._program("sample", num_rows, batch.variant)(self._head, rows, self._last_token, packed)
+        packed = self.last.place.put(packing.pack(programs.sample_layout(num_rows, batch.variant, self.dims), fields))
+        return self._program("sample", num_rows, batch.variant)(self.last.head, rows, self._last_token, packed)
 
     def _load_adapter(self, place: int, adapter: Adapter) -> None:
         """Writes an adapter's tables, and zeros for what it does not touch. Steps in flight have read the old ones before."""
-        new = []
-        for path, spec in self._tables.items():
-            product, _, half = path.rpartition(TABLE)
-            table = adapter.tables.get(product)
-            new.append(self._put(np.zeros(spec.shape[1:], spec.dtype) if table is None else getattr(table, half)))
-        old = tuple(self._leaves[path] for path in self._tables)
-        place_ = self._put(np.asarray(place, np.int32))
-        self._leaves |= zip(self._tables, self._program("load_adapter")(old, tuple(new), place_))
+        for i, stage in enumerate(self.stages):
+            old, new = tuple(stage.leaves[path] for path in stage.tables), stage.entries(adapter)
+            filled = self._program("load_adapter", i)(old, new, stage.place.put(np.asarray(place, np.int32)))
+            stage.leaves |= zip(stage.tables, filled)
 
     def _copy(self, copies: np.ndarray) -> None:
         for at in range(0, len(copies), COPIES):
             pairs = np.full((COPIES, 2), (0, self.dims.num_pages), np.int32)
             part = copies[at : at + COPIES]
             pairs[: len(part)] = part
-            self._caches = self._program("copy")(self._caches, self._put(pairs))
-
-    def _put(self, array: np.ndarray) -> Array:
-        return jax.device_put(array, self.device)
+            for i, stage in enumerate(self.stages):
+                stage.caches = self._program("copy", i)(stage.caches, stage.place.put(pairs))
 
 
 @contextmanager
@@ -311,22 +264,14 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _ints(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def _spec(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
 def _to_host(values: Any) -> TokenLogprobs | None:
     return None if values is None else TokenLogprobs(*(np.asarray(x) for x in values))
 
 
 def _describe(key: tuple) -> str:
     match key:
-        case ("forward", bucket, adapted):
-            return f"decoder, {bucket.num_tokens} tokens{', LoRA' if adapted else ''}"
+        case ("forward", stage, bucket, adapted):
+            return f"decoder{f' {stage}' if stage else ''}, {bucket.num_tokens} tokens{', LoRA' if adapted else ''}"
         case ("sample", rows, variant):
             return f"sampler {variant.name.lower()}, {rows} rows"
         case ("score", rows):

@@ -118,13 +118,13 @@ def logprobs(logits: Float[Array, "N V"], tokens: Int32[Array, " N"], k: int) ->
 
 
 def prompt_logprobs(
-    hidden: Float[Array, "T E"], head: Callable, targets: Int32[Array, " T"], k: int, chunk: int = 64
+    hidden: Float[Array, "T E"], targets: Int32[Array, " T"], score: Callable[[Array, Array], TokenLogprobs], chunk: int = 64
 ) -> TokenLogprobs:
-    """`logprobs` of targets int32 [T] from hidden rows [T, E], `chunk` rows at a time: logits of all rows at once would
-    be [T, V]. head: hidden rows [C, E] -> logits [C, V]."""
+    """Logprobs of targets int32 [T] from hidden rows [T, E], `chunk` rows at a time: logits of all rows at once would
+    be [T, V]. score: hidden rows [C, E] and targets [C] -> `logprobs`."""
     T = len(targets)
     chunk = min(chunk, T)
     rows = jnp.pad(hidden, ((0, -T % chunk), (0, 0))).reshape(-1, chunk, hidden.shape[1])
     wanted = jnp.pad(targets, (0, -T % chunk)).reshape(-1, chunk)
-    parts = lax.map(lambda part: logprobs(head(part[0]), part[1], k), (rows, wanted))
+    parts = lax.map(lambda part: score(*part), (rows, wanted))
     return TokenLogprobs(*(part.reshape(-1, *part.shape[2:])[:T] for part in parts))

@@ -217,6 +217,8 @@ def _shares(state: State) -> tuple[np.ndarray, np.ndarray, int]:
     ready &= ~s.lagging | (s.num_known == s.num_tokens)
     (slots,) = ready.nonzero()
     slots = slots[np.lexsort((s.arrival[slots], s.priority[slots]))]
+    if limits.pipeline > 1:  # what else is ready is left for the steps that follow: each stage has some of it at a time
+        slots = slots[: -(-np.count_nonzero(s.active) // limits.pipeline)]
     counts = s.num_tokens[slots] - s.num_computed[slots]
     if limits.long_prefill_token_threshold:
         counts = np.minimum(counts, limits.long_prefill_token_threshold)

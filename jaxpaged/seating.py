@@ -99,7 +99,7 @@ def _sit_down(state: State, slot: int, waiting: Waiting, num_computed: int, foun
     seats.dropped[slot] = dropped
     seats.max_total[slot] = request.max_total_tokens
     seats.priority[slot], seats.arrival[slot], _ = queue.key_of(state.limits, request)
-    seats.lagging[slot] = any(len(word) > 1 for word in request.bad_words_ids)
+    seats.lagging[slot] = state.limits.pipeline > 1 or any(len(word) > 1 for word in request.bad_words_ids)
     seats.pooling[slot] = request.pooling is not None
     seats.stops[slot] = (sorted(request.stop_ids) + [NO_TOKEN] * NUM_STOPS)[:NUM_STOPS]
     parent = found.keys[-1] if found.keys else pages.root(request.salt)

@@ -48,7 +48,8 @@ NEVER, ALWAYS = np.iinfo(np.int32).min, np.iinfo(np.int32).max  # of edits_until
 class Limits:
     """The fixed sizes of a scheduler. num_pages counts the null page. reaches: of the groups of layers (see `reach`).
     max_loras: adapters that are on the device at once. whole_prompts: a prompt is computed in one step, and only to be pooled
-    (tokens see those that come after them)."""
+    (tokens see those that come after them). pipeline: stages that steps go through, each at another one at a time: so many
+    steps are in flight, of other sequences each."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -62,6 +63,7 @@ class Limits:
     reaches: tuple[Reach, ...] = EVERYTHING
     max_loras: int = 0
     whole_prompts: bool = False
+    pipeline: int = 1
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -108,7 +110,7 @@ class Seats(NamedTuple):
     max_total: np.ndarray
     priority: np.ndarray  # int64
     arrival: np.ndarray  # int64
-    lagging: np.ndarray  # bool: must not run ahead of what the host knows (bad words of several tokens)
+    lagging: np.ndarray  # bool: must not run ahead of what the host knows (bad words of several tokens; a pipeline)
     pooling: np.ndarray  # bool: samples nothing, and ends when its tokens are computed
     adapter: np.ndarray  # int32: the place of its LoRA adapter
     stops: np.ndarray  # int32 [S, NUM_STOPS], padded with NO_TOKEN

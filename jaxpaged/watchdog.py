@@ -1,4 +1,4 @@
-"""Says so when a step hangs: a thread that looks at the engine's clock."""
+"""Says so when a step hangs: a thread that looks at the engines' clocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import threading
 import time
 from typing import Any
 
-from jaxpaged.async_engine import AsyncEngine
+from jaxpaged.engine import Engine
+from jaxpaged.replicas import FrontDoor
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +19,11 @@ class Watchdog:
     """After `timeout` seconds in one step: stacks of all threads on standard error, the scheduler's state in the log, once a
     step. `cause` says what is wrong as long as it is."""
 
-    def __init__(self, engine: AsyncEngine, timeout: float):
-        self.engine, self.timeout = engine, timeout
+    def __init__(self, engine: FrontDoor, timeout: float):
+        self.timeout = timeout
+        self._engines = engine.engines
         self._stop = threading.Event()
-        self._reported: float | None = None  # when the step began that has been reported
+        self._reported: dict[int, float] = {}  # engine -> when the step began that has been reported
         self._thread = threading.Thread(target=self._watch, name="jaxpaged-watchdog", daemon=True)
 
     def start(self) -> None:
@@ -32,25 +34,34 @@ class Watchdog:
 
     @property
     def cause(self) -> str | None:
-        began = self.engine.step_began
-        seconds = 0.0 if began is None else time.monotonic() - began
-        return f"a step has been running for {seconds:.0f} s" if seconds > self.timeout else None
+        return next((self._cause(i, began) for i, began in self._hanging()), None)
+
+    def _hanging(self) -> list[tuple[int, float]]:
+        """(engine, when its step began) of those that have been too long in one."""
+        began, now = [one.step_began for one in self._engines], time.monotonic()
+        return [(i, at) for i, at in enumerate(began) if at is not None and now - at > self.timeout]
+
+    def _cause(self, engine: int, began: float) -> str:
+        where = f" in engine {engine}" if len(self._engines) > 1 else ""
+        return f"a step has been running for {time.monotonic() - began:.0f} s{where}"
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.timeout / 4)):
-            began = self.engine.step_began
-            if self.cause is not None and began != self._reported:
-                self._reported = began
-                self._report()
+            new = [(i, began) for i, began in self._hanging() if self._reported.get(i) != began]
+            if new:
+                self._reported.update(new)
+                self._report(new)
 
-    def _report(self) -> None:
-        log.error("%s: it hangs. State of the scheduler: %s. Stacks of all threads:", self.cause, _state(self.engine))
+    def _report(self, hanging: list[tuple[int, float]]) -> None:
+        for i, began in hanging:
+            state = _state(self._engines[i].engine)
+            log.error("%s: it hangs. State of the scheduler: %s. Stacks of all threads:", self._cause(i, began), state)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
 
-def _state(engine: AsyncEngine) -> dict[str, Any]:
+def _state(engine: Engine) -> dict[str, Any]:
     """Read while the engine's thread stands still inside the step; a few of many requests."""
-    state = engine.engine.state
+    state = engine.state
     seats = state.seats
     requests: Any = state.requests.read()
     counts = lambda slot: {

@@ -22,22 +22,17 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from jaxpaged import home
 from jaxpaged.checkpoint import Checkpoint
+from jaxpaged.home import AS_LEAVES_SAY, Home, Leaves, Region
 from jaxpaged.models.quantized import NO_FORMS, Form, Forms, quantize
 from jaxpaged.models.standard import Name, View
 
-__all__ = ["Leaves", "Name", "Put", "dummy", "from_tree", "load"]
-
-Leaves = Mapping[str, jax.ShapeDtypeStruct]
-"""Dotted path -> shape, dtype and, if it has one, sharding."""
-
-Put = Callable[[Any], jax.Array]
-"""Host array -> device array. None: `jax.device_put` with the leaf's sharding, or to the default device."""
+__all__ = ["Home", "Leaves", "Name", "dummy", "from_tree", "load"]
 
 SOURCE_DTYPES = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 SHOWN = 10  # problems of a kind that are listed by name
 DUMMY_SCALE, DUMMY_CHUNK = 0.02, 1 << 20
-ALIGNMENT = 64  # bytes: XLA on CPU takes such a buffer as it is, without a copy
 
 
 class Part(NamedTuple):
@@ -55,7 +50,7 @@ def load(
     checkpoint: Checkpoint,
     leaves: Leaves,
     names: Sequence[Name],
-    put: Put | None = None,
+    where: Home = AS_LEAVES_SAY,
     progress: bool = True,
     ignore: Iterable[str] = (),
     forms: Forms = NO_FORMS,
@@ -65,16 +60,19 @@ def load(
     names: rules; a tensor that is one of several parts of a leaf is joined with the others along axis 0.
     ignore: patterns (as in `names`) of tensors that are not used. Rules for leaves that do not exist are not used.
     forms: products to quantise as they are loaded; `leaves` has their floats, the result what they become.
+    where: the devices that the leaves go to; of a leaf that is cut each part is read by itself, if the checkpoint can.
     Raises one ValueError with every missing, extra, misshapen or quantised tensor by name.
     """
     sources = plan(checkpoint, leaves, names, ignore)
     arrays = {}
     with _bar("Loading weights", leaves, progress) as done:
         for path, leaf in leaves.items():
-            if put is None and (whole := _whole(sources[path])) and _is_sharded(leaf) and isinstance(checkpoint, Sliced):
-                arrays[path] = _sharded(checkpoint, whole, path, leaf)
+            as_they_are = not any(view for _, view in sources[path].values())
+            if as_they_are and form_of(path, forms) is None and isinstance(checkpoint, Sliced):
+                read = functools.partial(fill, checkpoint, path, leaf, sources[path])
+                arrays[path] = home.read(where, path, leaf, read)
             else:
-                arrays |= _placed(path, filled(checkpoint, path, leaf, sources[path]), leaf, put, forms)
+                arrays |= _placed(path, filled(checkpoint, path, leaf, sources[path]), leaf, where, forms)
             done(leaf)
     return arrays
 
@@ -84,32 +82,6 @@ class Sliced(Protocol):
     """A checkpoint that can read a part of a tensor."""
 
     def read_slice_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None: ...
-
-
-def _whole(sources: Sources) -> str | None:
-    """The tensor that is the leaf, as it is, if there is one."""
-    (part, (tensor, view)), *others = sources.items()
-    return tensor if part == Part(-1, 0) and view is None and not others else None
-
-
-def _is_sharded(leaf: jax.ShapeDtypeStruct) -> bool:
-    return leaf.sharding is not None and len(leaf.sharding.device_set) > 1
-
-
-def _sharded(checkpoint: Sliced, tensor: str, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Reads each different shard once, straight into the memory it is placed from; one is in flight at a time."""
-    assert leaf.sharding is not None
-    devices: dict[tuple, list[jax.Device]] = {}
-    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        ranges = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape))
-        devices.setdefault(ranges, []).append(device)
-    shards = []
-    for ranges, group in devices.items():
-        out = _empty(tuple(stop - start for start, stop in ranges), leaf.dtype)
-        with _no_overflow(path, leaf):
-            checkpoint.read_slice_into(tensor, tuple(slice(*r) for r in ranges), out)
-        shards += [jax.block_until_ready(jax.device_put(out, device)) for device in group]
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
 def form_of(path: str, forms: Forms) -> Form | None:
@@ -258,28 +230,47 @@ def _listed(kind: str, found: list[str]) -> str:
     return f"{len(found)} {kind}: {'; '.join(found[:SHOWN])}{more}"
 
 
-def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """As np.empty, aligned so that a CPU device takes it over without a copy."""
-    dtype = np.dtype(dtype)
-    raw = np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + len(raw) - ALIGNMENT].view(dtype).reshape(shape)
-
-
 def filled(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, sources: Sources) -> np.ndarray:
     """One leaf on the host, in its own dtype."""
-    out, at = _empty(leaf.shape, leaf.dtype), dict.fromkeys((part.index for part in sources), 0)
+    out = home.empty(leaf.shape, leaf.dtype)
+    fill(checkpoint, path, leaf, sources, home.whole(leaf.shape), out)
+    return out
+
+
+def fill(checkpoint: Checkpoint, path: str, leaf: jax.ShapeDtypeStruct, sources: Sources, region: Region,
+         out: np.ndarray) -> None:  # fmt: skip
+    """A region of a leaf on the host, in the leaf's dtype. out: of the region's shape."""
+    at = dict.fromkeys((part.index for part in sources), 0)
     with _no_overflow(path, leaf):
         for part, (tensor, view) in sorted(sources.items()):
-            place = out if part.index < 0 else out[part.index]
-            rows = viewed(checkpoint, tensor, view)[0][0] if place.ndim else 0
-            target = place[at[part.index] : at[part.index] + rows] if place.ndim else place
-            if view is None:
-                checkpoint.read_into(tensor, target)
-            else:
-                target[...] = view.to_ours(checkpoint.read(tensor))
-            at[part.index] += rows
-    return out
+            placed = part.index >= 0
+            if placed and not region[0][0] <= part.index < region[0][1]:
+                continue
+            target, wanted = (out[part.index - region[0][0], ...], region[1:]) if placed else (out, region)
+            shape = viewed(checkpoint, tensor, view)[0]
+            begin = at[part.index]
+            at[part.index] += shape[0] if wanted else 0
+            _fill_from(checkpoint, tensor, view, shape, wanted, begin, target)
+
+
+def _fill_from(checkpoint: Checkpoint, tensor: str, view: View | None, shape: tuple[int, ...], wanted: Region, begin: int,
+               target: np.ndarray) -> None:  # fmt: skip
+    """What a tensor, which is the leaf's rows from `begin` on, has of what is wanted."""
+    if wanted:
+        first, last = max(wanted[0][0], begin), min(wanted[0][1], begin + shape[0])
+        if first >= last:
+            return
+        target = target[first - wanted[0][0] : last - wanted[0][0]]
+        wanted = ((first - begin, last - begin), *wanted[1:])
+    index = tuple(slice(*pair) for pair in wanted)
+    if view is not None:
+        target[...] = view.to_ours(checkpoint.read(tensor))[index]
+    elif wanted == home.whole(shape):
+        checkpoint.read_into(tensor, target)
+    elif isinstance(checkpoint, Sliced):
+        checkpoint.read_slice_into(tensor, index, target)
+    else:
+        target[...] = checkpoint.read(tensor)[index]
 
 
 @contextmanager
@@ -291,19 +282,14 @@ def _no_overflow(path: str, leaf: jax.ShapeDtypeStruct) -> Iterator[None]:
         raise ValueError(f"{path} has values beyond {leaf.dtype}; use dtype='bfloat16' or 'float32'.") from None
 
 
-def _placed(path: str, array: np.ndarray, leaf: jax.ShapeDtypeStruct, put: Put | None, forms: Forms) -> dict[str, jax.Array]:
-    """A leaf on the device, or the several that it becomes if it is to be quantised."""
+def _placed(path: str, array: np.ndarray, leaf: jax.ShapeDtypeStruct, where: Home, forms: Forms) -> dict[str, jax.Array]:
+    """A leaf on its devices, or the several that it becomes if it is to be quantised."""
     form = form_of(path, forms)
     if form is None:
-        return {path: _place(array, leaf, put)}
+        return {path: home.put(where, path, array, leaf.sharding)}
     product = path.removesuffix(".weight")
-    return {f"{product}.{name}": _place(part, leaf, put) for name, part in quantize(array, form).items()}
-
-
-def _place(array: Any, leaf: jax.ShapeDtypeStruct, put: Put | None) -> jax.Array:
-    """On the device, and there: a transfer that is under way would keep the host's copy alive."""
-    placed = jax.device_put(array, leaf.sharding) if put is None else put(array)
-    return jax.block_until_ready(placed)
+    parts = {f"{product}.{name}": part for name, part in quantize(array, form).items()}
+    return {path: home.put(where, path, part, leaf.sharding) for path, part in parts.items()}
 
 
 @contextmanager
@@ -316,20 +302,20 @@ def _bar(what: str, leaves: Leaves, progress: bool) -> Iterator[Callable[[jax.Sh
         yield lambda leaf: bar.update(nbytes(leaf))
 
 
-def dummy(leaves: Leaves, seed: int = 0, put: Put | None = None, progress: bool = True,
+def dummy(leaves: Leaves, seed: int = 0, where: Home = AS_LEAVES_SAY, progress: bool = True,
           forms: Forms = NO_FORMS) -> dict[str, jax.Array]:  # fmt: skip
     """Random weights: normal * 0.02, norms about 1. A leaf's values depend on `seed`, its path and its shape alone."""
     arrays = {}
     with _bar("Making weights", leaves, progress) as done, ThreadPoolExecutor(os.cpu_count()) as threads:
         for path, leaf in leaves.items():
-            arrays |= _placed(path, _random(path, leaf, seed, threads), leaf, put, forms)
+            arrays |= _placed(path, _random(path, leaf, seed, threads), leaf, where, forms)
             done(leaf)
     return arrays
 
 
 def _random(path: str, leaf: jax.ShapeDtypeStruct, seed: int, threads: ThreadPoolExecutor) -> np.ndarray:
     """Chunk by chunk, each with a generator of its own, so that the threads' number does not matter."""
-    out = _empty(leaf.shape, leaf.dtype)
+    out = home.empty(leaf.shape, leaf.dtype)
     flat, mean = out.reshape(-1), 1.0 if path.endswith("norm.weight") else 0.0
 
     def fill(chunk: int) -> None:
@@ -344,7 +330,7 @@ def _random(path: str, leaf: jax.ShapeDtypeStruct, seed: int, threads: ThreadPoo
     return out
 
 
-def from_tree(tree: Any, leaves: Leaves, put: Put | None = None, forms: Forms = NO_FORMS) -> dict[str, jax.Array]:
+def from_tree(tree: Any, leaves: Leaves, where: Home = AS_LEAVES_SAY, forms: Forms = NO_FORMS) -> dict[str, jax.Array]:
     """The leaves, taken from memory: nested dicts and lists, a dict of dotted paths, an nnx.State or an nnx.Module.
 
     Arrays that are on the device already in the right dtype are not copied (do not donate them afterwards); numpy
@@ -363,10 +349,11 @@ def from_tree(tree: Any, leaves: Leaves, put: Put | None = None, forms: Forms = 
             problems.quantised.append(f"{path} ({array.dtype})")
     problems.finish()
     if not forms:
-        return {path: _place(_own(given[path], path, leaf), leaf, put) for path, leaf in leaves.items()}
+        own = lambda path, leaf: _own(given[path], path, leaf)
+        return {path: home.put(where, path, own(path, leaf), leaf.sharding) for path, leaf in leaves.items()}
     arrays = {}
     for path, leaf in leaves.items():
-        arrays |= _placed(path, np.asarray(_own(given[path], path, leaf)), leaf, put, forms)
+        arrays |= _placed(path, np.asarray(_own(given[path], path, leaf)), leaf, where, forms)
     return arrays
 
 
@@ -418,7 +405,7 @@ def _own(array: Any, path: str, leaf: jax.ShapeDtypeStruct) -> Any:
     """In the leaf's dtype. A numpy array is copied: the device could otherwise keep reading the caller's memory."""
     if isinstance(array, jax.Array):
         return array if array.dtype == leaf.dtype else array.astype(leaf.dtype)
-    out = _empty(leaf.shape, leaf.dtype)
+    out = home.empty(leaf.shape, leaf.dtype)
     with _no_overflow(path, leaf):
         out[...] = array
     return out

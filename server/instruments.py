@@ -80,12 +80,17 @@ class Recent:
         self._values[where], self._at[where] = values, at
         self._next = (self._next + len(values)) % size
 
-    def percentiles(self, since: float) -> dict[str, float | None]:
-        """By the names of QUANTILES, of the values that came later than `since`; None if none did."""
-        values = self._values[self._at > since]
-        if not len(values):
-            return dict.fromkeys(QUANTILES)
-        return dict(zip(QUANTILES, np.percentile(values, list(QUANTILES.values())).tolist()))
+    def later_than(self, since: float) -> np.ndarray:
+        """The values that came later, in no order."""
+        return self._values[self._at > since]
+
+
+def percentiles(recent: Sequence[Recent], since: float) -> dict[str, float | None]:
+    """By the names of QUANTILES, of all values that came later than `since`; None if none did."""
+    values = np.concatenate([one.later_than(since) for one in recent])
+    if not len(values):
+        return dict.fromkeys(QUANTILES)
+    return dict(zip(QUANTILES, np.percentile(values, list(QUANTILES.values())).tolist()))
 
 
 class Speed:

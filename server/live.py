@@ -1,7 +1,7 @@
 """The live view's feed: whose pages are whose, who runs and who waits, how fast it goes.
 
-`snapshot` looks at the engine's state, in the engine's thread. A `Feed` takes one for all viewers at once, as long as
-there is a viewer, and hands it out as server-sent events.
+`snapshot` looks at an engine's state, in the engine's thread; `side_by_side` makes one of several engines'. A `Feed` takes one
+for all viewers at once, as long as there is a viewer, and hands it out as server-sent events.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from jaxpaged.async_engine import AsyncEngine, EngineDeadError
+from jaxpaged.async_engine import EngineDeadError
 from jaxpaged.engine import Engine
 from jaxpaged.pages import NULL_PAGE
+from jaxpaged.replicas import FrontDoor
 from jaxpaged.state import Limits, State, Waiting
 from jaxpaged_server import sse
 
@@ -64,7 +65,8 @@ class PageCounts(msgspec.Struct):
 
 class Snapshot(msgspec.Struct):
     """`map`: a code of two bytes, little-endian, for each page from 1 on (page 0, the null page, is nobody's): FREE, CACHED,
-    slot + 1, or SHARED + i: held by all slots of `groups[i]`. At most MAX_LISTED sequences are in `running`, `waiting`."""
+    slot + 1, or SHARED + i: held by all slots of `groups[i]`. At most MAX_LISTED sequences are in `running`, `waiting`. Of
+    several engines pages and slots follow each other, those of the first engine first."""
 
     pages: PageCounts
     num_running: int
@@ -96,6 +98,31 @@ def snapshot(engine: Engine) -> Snapshot:
     running = _running(engine, slots[:MAX_LISTED])
     waiting = [_in_queue(entry) for entry in islice(state.waiting.read().values(), MAX_LISTED)]
     return Snapshot(counts, len(slots), len(state.waiting), running, waiting, groups, codes[NULL_PAGE + 1 :].tobytes())
+
+
+def side_by_side(snapshots: list[Snapshot], max_num_seqs: int) -> Snapshot:
+    """Engines with `max_num_seqs` slots each, as if they were one."""
+    if len(snapshots) == 1:
+        return snapshots[0]
+    shifted = [_shifted(one, i * max_num_seqs, sum(len(s.groups) for s in snapshots[:i])) for i, one in enumerate(snapshots)]
+    joined = lambda name: [item for one in shifted for item in getattr(one, name)]
+    counts = [msgspec.structs.asdict(one.pages) for one in shifted]
+    added = {name: sum(one[name] for one in counts) for name in counts[0]}
+    pages = PageCounts(**{**added, "page_size": counts[0]["page_size"]})
+    return Snapshot(pages, sum(s.num_running for s in shifted), sum(s.num_waiting for s in shifted),
+                    joined("running")[:MAX_LISTED], joined("waiting")[:MAX_LISTED], joined("groups"),
+                    b"".join(s.map for s in shifted))  # fmt: skip
+
+
+def _shifted(taken: Snapshot, slots: int, groups: int) -> Snapshot:
+    """The same with higher numbers for its slots and its groups."""
+    codes = np.frombuffer(taken.map, np.uint16).copy()
+    shared = (codes >= SHARED) & (codes != CACHED)
+    codes[shared] += groups
+    codes[(codes != FREE) & (codes < SHARED)] += slots
+    running = [msgspec.structs.replace(s, slot=None if s.slot is None else s.slot + slots) for s in taken.running]
+    moved = [[slot + slots for slot in members] for members in taken.groups]
+    return msgspec.structs.replace(taken, running=running, groups=moved, map=codes.tobytes())
 
 
 def page_map(state: State, slots: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
@@ -167,7 +194,7 @@ Mailbox = asyncio.Queue[bytes | None]
 class Feed:
     """Snapshots for whoever watches: one ticker, which runs as long as there are viewers. Belongs to the event loop."""
 
-    def __init__(self, engine: AsyncEngine, meter: Meter):
+    def __init__(self, engine: FrontDoor, meter: Meter):
         self.engine, self.meter = engine, meter
         self._viewers: set[Mailbox] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -216,13 +243,17 @@ class Feed:
         clock = asyncio.get_running_loop().time
         last, told_at = None, 0.0
         while not self.engine.draining:
-            taken = await self.engine.call(snapshot)
+            taken = await self._take()
             if taken != last or clock() - told_at >= IDLE_SECONDS:
                 last, told_at = taken, clock()
                 self._newest = event(Frame(told_at, self.meter.throughput(), self.meter.latencies(), taken))
                 for mailbox in self._viewers:
                     _put(mailbox, self._newest)
             await asyncio.sleep(BUSY_SECONDS)
+
+    async def _take(self) -> Snapshot:
+        taken = await asyncio.gather(*(one.call(snapshot) for one in self.engine.engines))
+        return side_by_side(taken, self.engine.engine.limits.max_num_seqs)
 
 
 def event(frame: Frame) -> bytes:

@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 import jaxpaged
 from jaxpaged.adapter import LoRARequest
-from jaxpaged.engine import Engine
 from jaxpaged.request import RequestError
 from jaxpaged_server.exchange import read
 from jaxpaged_server.fields import Body
@@ -34,7 +33,7 @@ async def version(service: Service, request: Request) -> Response:
 
 
 async def load(service: Service, request: Request) -> Response:
-    """GET /load: requests that the engine has and that have not ended."""
+    """GET /load: requests that the engines have and that have not ended."""
     return json_reply({"server_load": len(service.engine.streams)})
 
 
@@ -46,7 +45,7 @@ async def metrics(service: Service, request: Request) -> Response:
 
 async def reset_prefix_cache(service: Service, request: Request) -> Response:
     """POST /reset_prefix_cache: forgets every cached page that no running request holds."""
-    await service.engine.call(Engine.reset_prefix_cache)
+    await service.engine.reset_prefix_cache()
     return Response(status_code=200)
 
 

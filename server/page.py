@@ -15,12 +15,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from jaxpaged.async_engine import AsyncEngine
+from jaxpaged.replicas import FrontDoor
 from jaxpaged_server.live import Feed, Meter
 from jaxpaged_server.sse import EventStream, Watch
 
 
-def routes(engine: AsyncEngine, meter: Meter, watch: Watch) -> list[Route]:
+def routes(engine: FrontDoor, meter: Meter, watch: Watch) -> list[Route]:
     """`GET /`: the page. `GET /live`: `live.Frame`s as server-sent events."""
     body = resources.files("jaxpaged_server").joinpath("page.html").read_bytes()
     headers = page_headers(body)

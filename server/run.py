@@ -42,7 +42,8 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self.service = service
-        service.engine.on_death = self._die
+        for engine in service.engine.engines:
+            engine.on_death = self._die
 
     def _die(self, error: BaseException) -> None:
         self.should_exit = True  # a supervisor starts us again

@@ -15,11 +15,13 @@ from functools import cached_property
 from typing import Any
 
 from jaxpaged.adapter import Adapter, LoRARequest
-from jaxpaged.async_engine import AsyncEngine, Stream
+from jaxpaged.async_engine import Stream
 from jaxpaged.loras import Loras
+from jaxpaged.replicas import FrontDoor, front_door
 from jaxpaged.request import RequestError, SamplingParams
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.watchdog import Watchdog
+from jaxpaged_server.engine_metrics import EngineMetrics
 from jaxpaged_server.fields import Decoder
 from jaxpaged_server.metrics import Metrics
 from jaxpaged_server.options import ServerOptions
@@ -45,16 +47,17 @@ class Asked:
 
 
 class Service:
-    """An engine as endpoints see it.
+    """An engine, or several behind one front door, as endpoints see it.
 
     names: what clients may call the model; the first one stands in answers. defaults: sampling parameters of requests that
     do not say (SamplingParams' names). chat_template: instead of the model's. cache_config: what metrics say about the cache.
-    num_compilations: programs compiled since the start. loras: the adapters, which clients ask for as models.
+    num_compilations: programs that an engine has compiled since the start, by its number. loras: the adapters, which clients
+    ask for as models.
     """
 
-    def __init__(self, engine: AsyncEngine, options: ServerOptions, names: Sequence[str],
+    def __init__(self, engine: FrontDoor, options: ServerOptions, names: Sequence[str],
                  defaults: Mapping[str, Any] | None = None, chat_template: str | None = None,
-                 cache_config: Mapping[str, str] | None = None, num_compilations: Callable[[], int] = lambda: 0,
+                 cache_config: Mapping[str, str] | None = None, num_compilations: Callable[[int], int] = lambda engine: 0,
                  loras: Loras | None = None):  # fmt: skip
         self.engine, self.options, self.loras = engine, options, loras or Loras(None)
         self.names = tuple(options.served_model_name or names)
@@ -64,16 +67,22 @@ class Service:
         self.watch = Watch(options.slow_client_timeout)
         self.created = int(time.time())
         self.watchdog: Watchdog | None = None
-        limits = engine.engine.limits
-        self.metrics = Metrics(model_name=self.names[0], max_model_len=limits.max_model_len, num_pages=limits.num_pages,
-                               cache_config=cache_config or {}, counters=engine.engine.counters,
-                               num_compilations=num_compilations, prefix=options.metrics_prefix)  # fmt: skip
-        engine.observers += [self.metrics, Summary(self.metrics)]
+        self.metrics = Metrics([self._metrics_of(i, cache_config or {}, num_compilations) for i in range(len(engine.engines))])
         self.tracing = Tracing(options.otlp_traces_endpoint) if options.otlp_traces_endpoint else None
-        engine.observers += [self.tracing] if self.tracing else []
-        engine.observers += [OutputLog(options.max_log_len)] if options.enable_log_outputs else []
-        engine.max_num_queued_reqs = options.max_num_queued_reqs
+        for one, metrics in zip(engine.engines, self.metrics.engines):
+            one.observers += [metrics, Summary(metrics)]
+            one.observers += [self.tracing] if self.tracing else []
+            one.observers += [OutputLog(options.max_log_len)] if options.enable_log_outputs else []
+            one.max_num_queued_reqs = options.max_num_queued_reqs
         self._numbers = itertools.count()
+
+    def _metrics_of(self, i: int, cache_config: Mapping[str, str], num_compilations: Callable[[int], int]) -> EngineMetrics:
+        engine = self.engine.engines[i].engine
+        limits = engine.limits
+        return EngineMetrics(model_name=self.names[0], max_model_len=limits.max_model_len, num_pages=limits.num_pages,
+                             cache_config={**cache_config, "num_gpu_blocks": str(limits.num_pages)}, counters=engine.counters,
+                             num_compilations=lambda: num_compilations(i), prefix=self.options.metrics_prefix,
+                             engine=i)  # fmt: skip
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -150,7 +159,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """The engine's thread, the watchdog and the summary in the log, from the start of the server to its end."""
+        """The engines' threads, the watchdog and the summary in the log, from the start of the server to its end."""
         self.engine.start()
         if self.options.watchdog_timeout:
             self.watchdog = Watchdog(self.engine, self.options.watchdog_timeout)
@@ -215,14 +224,14 @@ def lora_modules(given: Sequence[str]) -> list[LoRARequest]:
     return found
 
 
-def open_service(built: Any, options: ServerOptions) -> Service:
-    """The service of a `jaxpaged.build.Built`."""
-    compiled_at_start = built.runner.num_compilations
-    cache = {name: str(getattr(built.config, name)) for name in CACHE_CONFIG} | {"num_gpu_blocks": str(built.plan.num_pages)}
+def open_service(built: Sequence[Any], options: ServerOptions) -> Service:
+    """The service of `jaxpaged.build.Built`s, which are alike: the adapters are those of the first."""
+    first, compiled_at_start = built[0], [one.runner.num_compilations for one in built]
+    cache = {name: str(getattr(first.config, name)) for name in CACHE_CONFIG}
     requests = lora_modules(options.lora_modules)
     service = Service(
-        AsyncEngine(built.engine), options, [built.config.model], built.sampling_defaults, built.config.chat_template, cache,
-        lambda: built.runner.num_compilations - compiled_at_start, built.loras,
+        front_door([one.engine for one in built]), options, [first.config.model], first.sampling_defaults,
+        first.config.chat_template, cache, lambda i: built[i].runner.num_compilations - compiled_at_start[i], first.loras,
     )  # fmt: skip
     for request in requests:
         service.load_adapter(request)

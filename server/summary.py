@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from jaxpaged.async_engine import StepReport, Stream
-from jaxpaged_server.metrics import Metrics
+from jaxpaged_server.engine_metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +15,7 @@ class Summary:
     """An observer that logs what `metrics` saw: every `interval` seconds from the first request on, and once more when
     nothing is left to do."""
 
-    def __init__(self, metrics: Metrics, interval: float = 10.0):
+    def __init__(self, metrics: EngineMetrics, interval: float = 10.0):
         self._metrics, self._interval = metrics, interval
         self._timer: asyncio.TimerHandle | None = None
         self._num_unfinished = 0
@@ -45,9 +45,9 @@ class Summary:
         if queries := stats.prefix_queries - self._stats.prefix_queries:
             self._hit_rate = (stats.prefix_hits - self._stats.prefix_hits) / queries
         log.info(
-            "Engine 000: Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, Running: %d reqs, "
+            "Engine %03d: Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, Running: %d reqs, "
             "Waiting: %d reqs, KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%",
-            prompt, generation, stats.num_running, stats.num_waiting,
+            self._metrics.engine, prompt, generation, stats.num_running, stats.num_waiting,
             100 * self._metrics.kv_cache_usage, 100 * self._hit_rate,
         )  # fmt: skip
         self._timer = None

@@ -52,13 +52,13 @@ def test_allowed_words_are_listed():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported: this version runs on one device"),
-        ({"pipeline_parallel_size": 4}, "pipeline_parallel_size=4 is not supported"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be a positive integer, got 0"),
+        ({"pipeline_parallel_size": "auto"}, "pipeline_parallel_size must be a positive integer, got 'auto'"),
         ({"trust_remote_code": True}, "no code of a checkpoint is ever run"),
         ({"enable_chunked_prefill": False}, "raise max_num_batched_tokens"),
     ],
 )
-def test_what_is_not_there_yet_is_refused_with_a_reason(changes, message):
+def test_what_cannot_be_is_refused_with_a_reason(changes, message):
     with pytest.raises(RequestError, match=message):
         EngineConfig(**changes)
 

@@ -17,7 +17,7 @@ from tiny_hf import TOLERANCE, errors, forward, logits_of, make, opened, prompts
 import jaxpaged.models
 from jaxpaged import LLM, SamplingParams, weights
 from jaxpaged.models import doors
-from jaxpaged.runner import abstract_decoder
+from jaxpaged.stage import abstract_decoder
 
 DOORS = rows()
 ROWS = [row for door_rows in DOORS.values() for row in door_rows]

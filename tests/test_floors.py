@@ -19,9 +19,14 @@ PACKAGES = {"jaxpaged": "jaxpaged", "pallas_kernels": "pallas_kernels", "jaxpage
 
 # A line is a floor, the highest first: control plane | device plane. A module imports from lower floors only.
 HOUSE = """
-    cli                                                       |
-    cli_clients cli_convert cli_serve                         |
-    server.run                                                |
+    cli ray                                                   |
+    ray.batch ray.serving                                     |
+    ray.front ray.replica ray.stage                           |
+    ray.gather ray.parts ray.router                           |
+    ray.calls ray.needed ray.routing ray.sizes                |
+    cli_clients cli_convert cli_plan cli_serve                |
+                                                              | serve_many
+    server.run                                                | cluster
     server.app                                                |
     server.messages server.openapi server.operations          |
     server.page server.responses server.tokens                |
@@ -35,40 +40,47 @@ HOUSE = """
     server.logprobs server.messages_input server.metrics      |
     server.params server.parsers server.replies               |
     server.responses_input server.usage                       |
-    server.errors server.exposition server.parsers.chat       |
+    server.engine_metrics server.errors server.exposition server.parsers.chat |
     server.schemas server.sse                                 |
     server.blocks server.fields server.http_metrics           |
     server.parsers.formats server.request_times               |
     server.metric_names server.parsers.json_calls             |
     server.parsers.pythonic server.parsers.reasoning server.parsers.xml_calls |
     server.instruments server.parsers.output server.parsers.source server.parsers.values |
-    bench_serve run_batch                                     |
+    bench_serve run_batch nodes                               |
     remote bench_report bench_datasets                        |
     demo env chat flags sampling_flags bench_options server   | bench
     jaxpaged watchdog                                         |
+                                                              | plan_report simulate_plot
+                                                              | plan simulate
+                                                              | plan_advice plan_compile plan_times
+                                                              | plan_model
                                                               | llm
-    async_engine                                              | build export
+    replicas stepping                                         | build_replicas
+    async_engine follower                                     | build export
                                                               | convert
                                                               | loading
-                                                              | beam lora memory on_host orbax_writer quantization runner
-                                                              | weights
-                                                              | programs
-    engine                                                    | kv_cache packing sampler
-    admission outputs                                         | models.*
+                                                              | beam cost lora memory on_host orbax_writer quantization runner
+                                                              | stage
+                                                              | cost_weights weights
+                                                              | parallel programs
+    leader                                                    |
+    engine replay channel                                    | home kv_cache packing placement sampler sharding
+    admission outputs wire                                    | models.*
     batch                                                     | models models.standard models.quantized models.adapters
                                                               | models.decoder
     scheduler                                                 | models.mla models.moe
     seating                                                   | models.layers
     publish waiting loras                                     |
-                                                              | models.spec
-                                                              | models.rope
-    state tokenizer gguf_blocks scoring                       | kernels
+                                                              | models.spec axis
+                                                              | models.rope devices_compiler
+    state tokenizer gguf_blocks scoring journal               | kernels
     pages gguf_tokenizer checkpoint residents                          | kernels.mosaic_gpu kernels.triton
-    chat_template config reach gguf_file prompts orbax_checkpoint| kernels.reference kernels.mosaic_gpu.attention
+    chat_template config reach gguf_file prompts orbax_checkpoint router simulate_traces | kernels.reference kernels.mosaic_gpu.attention
                                                               | kernels.triton.attention
                                                               | kernels.triton.decode kernels.triton.prefill
                                                               | kernels.triton.cache kernels.triton.matmul
-    detokenizer folder gguf_config hf_config hub              | kernels.triton.tile kernels.triton.sampling
+    detokenizer devices folder gguf_config hf_config hub      | kernels.triton.tile kernels.triton.sampling
     request                                                   |
     adapter versioned                                         | kernels.mosaic_gpu.decode kernels.mosaic_gpu.prefill
                                                               | kernels.mosaic_gpu.prefill_kernel
@@ -80,7 +92,8 @@ HOUSE = """
                                                               | kernels.checks
 """
 # These are how users come in. They start the device plane, but only from inside a function (or for type checkers).
-DOORS = {"jaxpaged", "jaxpaged.cli", "jaxpaged.cli_clients", "jaxpaged.cli_convert", "jaxpaged.cli_serve", "jaxpaged.env"}
+DOORS = {"jaxpaged", "jaxpaged.cli", "jaxpaged.cli_clients", "jaxpaged.cli_convert", "jaxpaged.cli_plan", "jaxpaged.cli_serve",
+         "jaxpaged.env", "jaxpaged.ray.replica", "jaxpaged.ray.stage"}  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}  # packages the control plane never imports
 
 

@@ -20,7 +20,7 @@ from jaxpaged.engine import Engine
 from jaxpaged.request import SamplingParams
 from jaxpaged.scheduler import Limits
 from jaxpaged_server import live
-from jaxpaged_server.live import CACHED, FREE, SHARED, Feed, snapshot
+from jaxpaged_server.live import CACHED, FREE, SHARED, Feed, side_by_side, snapshot
 
 PAGE_SIZE = 4
 PREFIX = [9, 8, 7, 6, 5, 4, 3, 2]  # two pages
@@ -103,6 +103,24 @@ def test_a_common_prefix_is_shared_by_all_who_have_it_and_cached_when_they_have_
         engine.step()
     taken = snapshot(engine)
     assert taken.pages.held == taken.pages.shared == 0 and taken.groups == [] and taken.pages.cached >= 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(loads, min_size=2, max_size=3))
+def test_several_engines_are_told_side_by_side(each):
+    engines = [make_engine() for _ in each]
+    for engine, load in zip(engines, each):
+        for i, (prompt, output, _) in enumerate(load):
+            engine.submit(str(i), prompt, forever(max_tokens=output))
+        engine.step()
+    snapshots = [snapshot(engine) for engine in engines]
+    taken, moved = side_by_side(snapshots, 4), lambda at, i: [slot + 4 * i for slot in at] if isinstance(at, list) else at
+    assert told(taken) == [moved(at, i) for i, engine in enumerate(engines) for at in expected(engine)]
+    assert [one.slot for one in taken.running] == [one.slot + 4 * i for i, s in enumerate(snapshots) for one in s.running]
+    for name in ("total", "free", "held", "shared", "cached"):
+        assert getattr(taken.pages, name) == sum(getattr(one.pages, name) for one in snapshots)
+    assert taken.pages.page_size == PAGE_SIZE and taken.num_waiting == sum(one.num_waiting for one in snapshots)
+    assert side_by_side(snapshots[:1], 4) == snapshots[0]
 
 
 def test_sequences_are_described():

@@ -316,7 +316,7 @@ def test_nan_weights_end_the_request_with_an_error(llm):
     import jax
     import jax.numpy as jnp
 
-    from jaxpaged.runner import abstract_decoder
+    from jaxpaged.stage import abstract_decoder
 
     _, _, leaves = abstract_decoder(llm._built.decoder_config, "float32")
     tree = {path: jnp.full(s.shape, jnp.nan, s.dtype) for path, s in leaves.items()}
@@ -329,7 +329,7 @@ def test_nan_weights_end_the_request_with_an_error(llm):
 
 
 def test_params_in_memory_equal_the_checkpoint(llm):
-    leaves = dict(llm.engine.runner._leaves)
+    leaves = dict(llm.engine.runner.leaves)
     with LLM(CONFIG, params=leaves, **{**ENGINE, "load_format": "auto"}, enforce_eager=True) as other:
         assert tokens(run(other, PROMPTS)) == tokens(run(llm, PROMPTS))
 

@@ -24,7 +24,7 @@ def live(three):
     folder, _ = three
     built = build_engine(EngineConfig(model=str(folder / "model"), **ENGINE), progress=False)
     options = ServerOptions(served_model_name=("base",), lora_modules=(f"b={folder / 'b'}",), allow_runtime_lora_updating=True)
-    with serve(open_service(built, options)) as live:
+    with serve(open_service([built], options)) as live:
         yield live
 
 
@@ -101,7 +101,7 @@ def test_an_adapter_at_the_start_cannot_have_the_models_name(three):
     built = build_engine(EngineConfig(model=str(folder / "model"), **ENGINE), progress=False)
     options = ServerOptions(served_model_name=("base",), lora_modules=(f"base={folder / 'b'}",))
     with pytest.raises(RequestError, match="'base' is the name of the model itself"):
-        open_service(built, options)
+        open_service([built], options)
     built.engine.close()
 
 

@@ -29,8 +29,9 @@ from jaxpaged.request import (
     SamplingParams,
 )
 from jaxpaged.state import Limits, Stats
+from jaxpaged_server.engine_metrics import EngineMetrics
 from jaxpaged_server.http_metrics import HttpMetrics
-from jaxpaged_server.instruments import Recent, Speed
+from jaxpaged_server.instruments import Recent, Speed, percentiles
 from jaxpaged_server.metrics import Metrics
 from jaxpaged_server.summary import Summary
 
@@ -48,17 +49,17 @@ def make_engine(**changes) -> Engine:
 
 
 def make_metrics(counters: Counters, **changes) -> Metrics:
-    return Metrics(**{
+    return Metrics([EngineMetrics(**{
         "model_name": "paper", "max_model_len": 64, "num_pages": 40, "cache_config": {"block_size": "4"}, "counters": counters,
         "num_compilations": lambda: 0, **changes,
-    })  # fmt: skip
+    })])  # fmt: skip
 
 
 @contextlib.asynccontextmanager
 async def serving(engine: Engine | None = None, max_num_queued_reqs: int | None = None, **changes):
     engine = engine or make_engine()
     metrics = make_metrics(engine.counters, **changes)
-    serving = AsyncEngine(engine, [metrics], max_num_queued_reqs)
+    serving = AsyncEngine(engine, metrics.engines, max_num_queued_reqs)
     serving.start()
     try:
         yield serving, metrics
@@ -280,7 +281,7 @@ def told(request_id: str, tokens: dict[int, int], first: float, last: float, fin
 def step(metrics: Metrics, wanted: SamplingParams, *outputs: RequestOutput) -> None:
     streams = {o.request_id: Stream(None, o.request_id, wanted, 2) for o in outputs}
     at = max(o.metrics.last_token_time for o in outputs)
-    metrics.stepped(StepReport(list(outputs), NOTHING, [StepTimes(1, 0.25, 0.125)], at), streams)
+    metrics.engines[0].stepped(StepReport(list(outputs), NOTHING, [StepTimes(1, 0.25, 0.125)], at), streams)
 
 
 def test_time_between_tokens_is_that_of_each_sample():
@@ -330,10 +331,18 @@ def test_recent_values_forget_the_oldest():
     recent = Recent(4)
     recent.add(1.0, np.array([1.0, 1.0, 1.0]))
     recent.add(2.0, np.array([2.0, 2.0, 4.0]))
-    assert recent.percentiles(0)["p50"] == 2.0 and recent.percentiles(1.5)["p99"] > 3.9
+    assert percentiles([recent], 0)["p50"] == 2.0 and percentiles([recent], 1.5)["p99"] > 3.9
     recent.add(3.0, np.arange(100.0))
-    assert recent.percentiles(0)["p50"] == 97.5
-    assert recent.percentiles(3.0)["p50"] is None
+    assert percentiles([recent], 0)["p50"] == 97.5
+    assert percentiles([recent], 3.0)["p50"] is None
+
+
+def test_percentiles_are_of_all_engines_together():
+    slow, fast, idle = Recent(4), Recent(4), Recent(4)
+    fast.add(2.0, np.array([1.0, 1.0, 1.0]))
+    slow.add(1.0, np.array([9.0, 9.0]))
+    assert percentiles([slow, fast, idle], 0)["p50"] == 1.0 and percentiles([slow, fast, idle], 0)["p99"] == 9.0
+    assert percentiles([slow, fast, idle], 1.5)["p99"] == 1.0 and percentiles([slow, idle], 1.5)["p50"] is None
 
 
 def test_speed_is_the_growth_over_the_window():
@@ -355,7 +364,7 @@ LINE = re.compile(
 def test_the_summary_comes_while_there_is_work_and_once_after(caplog):
     async def run() -> None:
         async with serving(make_engine(max_num_seqs=1, max_model_len=4096, num_pages=2000)) as (engine, metrics):
-            engine.observers.append(Summary(metrics, interval=0.05))
+            engine.observers.append(Summary(metrics.engines[0], interval=0.05))
             await asyncio.sleep(0.12)
             assert not caplog.records, "nothing to tell yet"
             with engine.submit("a", [1] * 9, params(max_tokens=4000)) as a, engine.submit("b", [1] * 9, params()):

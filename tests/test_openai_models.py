@@ -26,7 +26,7 @@ SIZES = {"load_format": "dummy", "enforce_eager": True, "max_num_seqs": 4, "max_
 def url(tmp_path_factory):
     folder = tiny_model(tmp_path_factory.mktemp("model"))
     service = open_service(
-        build_engine(EngineConfig(str(folder), **SIZES), progress=False), ServerOptions(served_model_name=("tiny",))
+        [build_engine(EngineConfig(str(folder), **SIZES), progress=False)], ServerOptions(served_model_name=("tiny",))
     )
     with serve(service) as live:
         yield live.base_url

@@ -144,7 +144,7 @@ def checkpoint(request, tmp_path):
 def generate(folder, prompt, **changes):
     with LLM(str(folder), **{**ENGINE, **changes}) as llm:
         (output,) = llm.generate([prompt], PARAMS, use_tqdm=False)
-        leaves = llm._built.runner._leaves
+        leaves = llm._built.runner.leaves
         num_bytes = sum(x.nbytes for x in jax.tree.leaves(leaves))
     completion = output.outputs[0]
     logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids)]

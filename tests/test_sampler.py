@@ -1,5 +1,6 @@
 """The sampler against float64 numpy: what may be drawn, how often, what edits do, and that neighbours change nothing."""
 
+import functools
 import math
 from functools import partial
 
@@ -456,8 +457,9 @@ def test_prompt_logprobs_do_not_depend_on_the_chunk(T):
     targets = rng.integers(50, size=T, dtype=np.int32)
     head = lambda x: jnp.sum(x[:, :, None] * weight[None], axis=1)  # no matrix product: each row by itself
     whole = logprobs(head(hidden), targets, 3)
+    score = lambda h, t: logprobs(head(h), t, 3)
     for chunk in (1, 4, 32, 64):
-        parts = jax.jit(lambda h, t, chunk=chunk: sampler.prompt_logprobs(h, head, t, 3, chunk))(hidden, targets)
+        parts = jax.jit(functools.partial(sampler.prompt_logprobs, score=score, chunk=chunk))(hidden, targets)
         np.testing.assert_array_equal(parts.rank, whole.rank)
         np.testing.assert_array_equal(parts.top_ids, whole.top_ids)
         np.testing.assert_allclose(parts.logprob, whole.logprob, atol=1e-6)

@@ -16,7 +16,7 @@ import trustme
 from live_server import wait_until
 from server_process import TINY, jaxpaged, running, scripted, tiny_model
 
-from jaxpaged import build, cli, cli_serve
+from jaxpaged import build_replicas, cli, cli_serve
 from jaxpaged.request import RequestError
 from jaxpaged_server import run
 from jaxpaged_server.options import ServerOptions
@@ -105,7 +105,7 @@ def test_wrong_flags_are_said_at_once(serve, flags, said):
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr(build, "build_engine", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(build_replicas, "build_replicas", lambda *_, **__: pytest.fail("a model is loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr(sys, "argv", ["jaxpaged", "serve", "--port", str(taken.getsockname()[1])])
         with pytest.raises(SystemExit) as end:

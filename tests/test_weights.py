@@ -13,6 +13,7 @@ from tiny_checkpoints import CONFIG, gguf_tensors, llama_metadata, random, write
 from jaxpaged import weights
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.hf_config import HFConfig
+from jaxpaged.home import empty
 from jaxpaged.models import door
 from jaxpaged.models.decoder import Decoder
 from jaxpaged.weights import Name
@@ -47,7 +48,7 @@ def tensors():
 
 
 def load(tmp_path, given, leaves=None, names=NAMES, ignore=()):
-    return weights.load(open_checkpoint(write_folder(tmp_path, given)), leaves or LEAVES, names, None, False, ignore)
+    return weights.load(open_checkpoint(write_folder(tmp_path, given)), leaves or LEAVES, names, progress=False, ignore=ignore)
 
 
 def refused(tmp_path, given, *messages, **kwargs):
@@ -139,18 +140,18 @@ def test_values_beyond_float16_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_host_holds_one_leaf_at_a_time(tmp_path, dtype):
+def test_the_host_holds_one_leaf_at_a_time(tmp_path, dtype, far_device):
     """16 leaves of 1 MiB on disk: the peak is one of them, in its own dtype."""
     x = {f"l.{i}.norm.weight": random(512, 512, seed=i) for i in range(16)}
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     leaves = {f"layers.{i}.norm.weight": leaf(512, 512, dtype=dtype) for i in range(16)}
     checkpoint = open_checkpoint(write_folder(tmp_path, x))
-    peak, held = traced(lambda: weights.load(checkpoint, leaves, NAMES, lambda a: jnp.float32(a[0, 0]), progress=False))
+    peak, held = traced(lambda: weights.load(checkpoint, leaves, NAMES, progress=False))
     size = 512 * 512 * dtype.itemsize
     assert size <= peak < 1.3 * size and held < 0.3 * size
 
 
-def test_a_quantised_tensor_is_never_whole_in_float32_beside_its_leaf(tmp_path, monkeypatch):
+def test_a_quantised_tensor_is_never_whole_in_float32_beside_its_leaf(tmp_path, monkeypatch, far_device):
     import gguf
 
     monkeypatch.setattr("jaxpaged.gguf_file.BLOCK_ELEMENTS", 1 << 14)
@@ -159,8 +160,14 @@ def test_a_quantised_tensor_is_never_whole_in_float32_beside_its_leaf(tmp_path, 
     metadata = {**llama_metadata(), "llama.embedding_length": 256}
     checkpoint = open_checkpoint(write_gguf(tmp_path / "x.gguf", metadata, {"token_embd.weight": embed}))
     leaves, names = {"e": leaf(4096, 256, dtype=ml_dtypes.bfloat16)}, [Name("model.embed_tokens.weight", "e")]
-    peak, _ = traced(lambda: weights.load(checkpoint, leaves, names, lambda a: jnp.float32(a[0, 0]), progress=False))
+    peak, _ = traced(lambda: weights.load(checkpoint, leaves, names, progress=False))
     assert peak < 1.5 * 4096 * 256 * 2
+
+
+@pytest.fixture
+def far_device(monkeypatch):
+    """A device with memory of its own, of which a number of each leaf comes back: JAX on CPU lives on in the host's arrays."""
+    monkeypatch.setattr("jaxpaged.home._there", lambda array, device: jnp.float32(array[0, 0]))
 
 
 def traced(f):
@@ -172,12 +179,8 @@ def traced(f):
     return peak, held
 
 
-def test_put_and_shardings(tmp_path):
-    device = jax.devices()[-1]
-    made = weights.load(open_checkpoint(write_folder(tmp_path, tensors())), LEAVES, NAMES,
-                        lambda a: jax.device_put(a, device), progress=False)  # fmt: skip
-    assert all(a.devices() == {device} for a in made.values())
-    sharding = jax.sharding.SingleDeviceSharding(device)
+def test_leaves_go_where_they_say(tmp_path):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
     leaves = {p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for p, a in LEAVES.items()}
     assert all(a.sharding == sharding for a in load(tmp_path, tensors(), leaves).values())
 
@@ -193,20 +196,20 @@ def test_the_bar_counts_bytes(tmp_path, capsys):
 def test_dummy_is_repeatable_and_about_right():
     leaves = {"a.weight": leaf(300, 300), "b.weight": leaf(300, 300, dtype=ml_dtypes.bfloat16)}
     leaves["x_norm.weight"] = leaf(2000)
-    one, two, other = (weights.dummy(leaves, seed, None, False) for seed in (0, 0, 1))
+    one, two, other = (weights.dummy(leaves, seed, progress=False) for seed in (0, 0, 1))
     assert all(np.array_equal(one[p], two[p]) and not np.array_equal(one[p], other[p]) for p in leaves)
     assert not np.array_equal(one["a.weight"], one["b.weight"].astype(jnp.float32))
     assert abs(float(one["a.weight"].std()) - 0.02) < 1e-3 and abs(float(one["a.weight"].mean())) < 1e-3
     assert abs(float(one["x_norm.weight"].mean()) - 1) < 1e-2 and one["b.weight"].dtype == ml_dtypes.bfloat16
-    alone = weights.dummy({"b.weight": leaves["b.weight"]}, 0, None, False)
+    alone = weights.dummy({"b.weight": leaves["b.weight"]}, 0, progress=False)
     assert np.array_equal(alone["b.weight"], one["b.weight"])
 
 
 def test_dummy_does_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(weights, "DUMMY_CHUNK", 100)
-    many = weights.dummy({"a": leaf(50, 50)}, 0, None, False)["a"]
+    many = weights.dummy({"a": leaf(50, 50)}, 0, progress=False)["a"]
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert np.array_equal(many, weights.dummy({"a": leaf(50, 50)}, 0, None, False)["a"])
+    assert np.array_equal(many, weights.dummy({"a": leaf(50, 50)}, 0, progress=False)["a"])
     assert len(np.unique(np.asarray(many).reshape(-1, 100), axis=0)) == 25
 
 
@@ -232,9 +235,9 @@ def test_from_tree(form, make):
 
 def test_from_tree_does_not_copy_what_is_there_and_does_copy_numpy():
     there = {p: jnp.asarray(random(*a.shape)) for p, a in LEAVES.items()}
-    made = weights.from_tree(there, LEAVES, jax.device_put)
+    made = weights.from_tree(there, LEAVES)
     assert all(made[p].unsafe_buffer_pointer() == there[p].unsafe_buffer_pointer() for p in LEAVES)
-    host = weights._empty((10, 4), np.float32)  # aligned: jax would share it
+    host = empty((10, 4), np.float32)  # aligned: jax would share it
     host[...] = 1.0
     made = weights.from_tree({**there, "embed.weight": host}, LEAVES)
     host[...] = 2.0

@@ -15,7 +15,7 @@ from jaxpaged import weights
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.hf_config import HFConfig
 from jaxpaged.models import door, standard
-from jaxpaged.runner import abstract_decoder
+from jaxpaged.stage import abstract_decoder
 
 # Largest relative error of a vector, |x - y| / |y|. float32: sums in another order; 3e-6 at most was seen. bfloat16
 # against float32: its half unit is 2e-3, and all roundings from the embedding to the head add up, most where attention

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32, Int32
 
+from jaxpaged.axis import ONE, Axis
 from jaxpaged.models.layers import MLP, Attention, Norm, Positions, Step, columns_product
 from jaxpaged.models.mla import LatentAttention
 from jaxpaged.models.moe import MoE
@@ -47,13 +48,20 @@ class Layer(nnx.Module):
         self.attention_post_norm, self.mlp_post_norm = norm(after), norm(after_mlp)
 
     def __call__(self, x: Float[Array, "E T"], layer: int, positions: Positions, step: Step) -> Float[Array, "E T"]:
-        h = _normed(self.attention_norm, x)
-        attended = _normed(self.attention_post_norm, self.attention(h, layer, positions, step))
+        axis = step.axis
+        h = axis.gather(_normed(self.attention_norm, x))
+        attended = self.attention(h, layer, positions, step)
         if self.parallel:
-            h = h if self.mlp_norm is None else self.mlp_norm(x)
-            return x + self._scaled(attended + self.mlp(h, step))
-        x = x + self._scaled(attended)
-        return x + self._scaled(_normed(self.mlp_post_norm, self.mlp(_normed(self.mlp_norm, x), step)))
+            h = h if self.mlp_norm is None else axis.gather(self.mlp_norm(x))
+            return x + self._scaled(axis.reduce(attended + self.mlp(h, step)))
+        x = x + self._scaled(_normed(self.attention_post_norm, axis.reduce(attended)))
+        return x + self._scaled(_normed(self.mlp_post_norm, self._mlp(_normed(self.mlp_norm, x), step)))
+
+    def _mlp(self, h: Float[Array, "E X"], step: Step) -> Float[Array, "E X"]:
+        axis = step.axis
+        if axis.ragged and axis.sequence and isinstance(self.mlp, MoE) and self.mlp.spec.held is not None:
+            return self.mlp.sent(h, step)
+        return axis.reduce(self.mlp(axis.gather(h), step))
 
     def _scaled(self, branch: Array) -> Array:
         return branch if self.scale == 1.0 else branch * jnp.asarray(self.scale, branch.dtype)
@@ -69,9 +77,14 @@ class Embedding(nnx.Module):
     def __init__(self, num: int, embed_dim: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (num, embed_dim), dtype) * embed_dim**-0.5)
 
-    def lookup(self, index: Int32[Array, " T"]) -> Float[Array, "E T"]:
-        """int32 [T] -> [E, T]."""
-        return self.weight[...].at[index].get(mode="clip").T
+    def lookup(self, index: Int32[Array, " T"], axis: Axis = ONE) -> Float[Array, "E T"]:
+        """int32 [T] -> [E, T]. axis: devices that have some of the rows each; the result is then a share of a sum."""
+        table = self.weight[...]
+        if axis.size == 1:
+            return table.at[index].get(mode="clip").T
+        at = jnp.clip(index, 0, axis.size * len(table) - 1) - axis.index() * len(table)
+        held = (at >= 0) & (at < len(table))
+        return jnp.where(held[:, None], table.at[jnp.where(held, at, 0)].get(mode="clip"), jnp.zeros((), table.dtype)).T
 
 
 class Decoder(nnx.Module):
@@ -90,17 +103,30 @@ class Decoder(nnx.Module):
 
     def hidden(self, tokens: Int32[Array, " T"], positions: Int32[Array, " T"], step: Step) -> Float[Array, "E T"]:
         """tokens, positions int32 [T] -> the last layer's output, normalised, [E, T]."""
+        x = self.embedded(tokens, positions, step)
+        return self.finished(self.through(x, range(len(self.layers)), positions, step), step)
+
+    def embedded(self, tokens: Int32[Array, " T"], positions: Int32[Array, " T"], step: Step) -> Float[Array, "E X"]:
+        """What goes into the first layer, [E, T]; between layers, where devices share them, maybe less: see `Axis.reduce`."""
         c = self.config
-        x = self.embed.lookup(tokens)
+        x = self.embed.lookup(tokens, step.axis)
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if self.positions is not None:
-            x = x + self.positions.lookup(positions + c.position_offset)
-        x = _normed(self.embed_norm, x)
-        where = Positions(positions, {s.rope: s.rope.tables(positions) for s in c.layers if s.rope is not None})
-        for i, layer in enumerate(self.layers):
-            x = layer(x, i, where, step)
-        return _normed(self.norm, x)
+            x = x + step.axis.once(self.positions.lookup(positions + c.position_offset))
+        return _normed(self.embed_norm, step.axis.reduce(x))
+
+    def through(self, x: Float[Array, "E X"], layers: range, positions: Int32[Array, " T"], step: Step) -> Float[Array, "E X"]:
+        """What comes out of these layers."""
+        ropes = {self.config.layers[i].rope for i in layers}
+        where = Positions(positions, {rope: rope.tables(positions) for rope in ropes if rope is not None})
+        for i in layers:
+            x = self.layers[i](x, i, where, step)
+        return x
+
+    def finished(self, x: Float[Array, "E X"], step: Step) -> Float[Array, "E T"]:
+        """The last layer's output, normalised."""
+        return step.axis.gather(_normed(self.norm, x))
 
     def logits(self, hidden: Float[Array, "E R"]) -> Float32[Array, "R V"]:
         """[E, R] -> float32 [R, V]."""
@@ -137,8 +163,8 @@ def head_logits(head: Sequence[Array], hidden: Float[Array, "E R"], config: Deco
 class WholeSequence:
     """The cacheless `Step`: attention among the tokens at hand, for training and as an oracle."""
 
-    def __init__(self, config: DecoderConfig):
-        self.config = config
+    def __init__(self, config: DecoderConfig, axis: Axis = ONE):
+        self.config, self.axis = config, axis
 
     def attend(self, layer: int, q: Array, k: Array, v: Array | None, sinks: Array | None) -> Array:
         spec = self.config.layers[layer]
@@ -149,7 +175,7 @@ class WholeSequence:
         scores = jnp.einsum("sgqd,tgd->gqst", x, k.astype(jnp.float32))
         if s.soft_cap is not None:
             scores = s.soft_cap * jnp.tanh(scores / s.soft_cap)
-        scores = jnp.where(_seen(spec, self.config.causal, T)[None, None], scores + _bias(s, G, T), -jnp.inf)
+        scores = jnp.where(_seen(spec, self.config.causal, T)[None, None], scores + _bias(s, G, T, self.axis), -jnp.inf)
         if sinks is not None:
             column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(G, -1, 1, 1), (*scores.shape[:3], 1))
             scores = jnp.concatenate([scores, column], axis=-1)
@@ -177,10 +203,10 @@ def _seen(spec: LayerSpec, causal: bool, T: int) -> Array:
     return seen
 
 
-def _bias(spec: AttentionSpec | MLASpec, G: int, T: int) -> Array:
+def _bias(spec: AttentionSpec | MLASpec, G: int, T: int, axis: Axis) -> Array:
     """ALiBi, [G, H / G, T, T], or nothing."""
     if spec.alibi is None:
         return jnp.zeros((1, 1, 1, 1))
-    slopes = jnp.asarray(spec.alibi, jnp.float32).reshape(G, -1, 1, 1)
+    slopes = axis.part(jnp.asarray(spec.alibi, jnp.float32), spec.num_heads).reshape(G, -1, 1, 1)
     at = jnp.arange(T, dtype=jnp.float32)
     return slopes * (at[None, :] - at[:, None])[None, None]

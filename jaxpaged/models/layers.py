@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int32
 
+from jaxpaged.axis import ONE, Axis
 from jaxpaged.models.rope import Rope, rotate
 from jaxpaged.models.spec import AttentionSpec, LayerSpec, MLPSpec, NormSpec, QKNorm
 
@@ -33,7 +34,10 @@ ACTIVATIONS = {
 
 @runtime_checkable
 class Step(Protocol):
-    """What a layer asks of who runs it: where keys and values live, and which kernels there are, is the runner's business."""
+    """What a layer asks of who runs it: where keys and values live, which kernels there are, and who else computes a part of
+    the layer, is the runner's business."""
+
+    axis: Axis
 
     def attend(self, layer: int, q: Array, k: Array, v: Array | None, sinks: Array | None) -> Array:
         """q [T, H, D], k [T, G, D], v [T, G, D] -> [T, H, D]. v None: the values are the first numbers of the keys, as many
@@ -65,15 +69,19 @@ class Positions(NamedTuple):
 
 
 class Product(nnx.Module):
-    """y = W x (+ b) (+ what adapters add); W [out, in], x [in, T]. How W is kept is the subclass's business."""
+    """y = W x (+ b) (+ what adapters add); W [out, in], x [in, T]. How W is kept is the subclass's business. `summed`: where
+    several devices share a layer, each has some of the inputs, and y is its share of a sum."""
 
     bias: nnx.Param | None
     shape: tuple[int, int]
+    summed: bool
     adapters: nnx.Module | None
 
     def __call__(self, x: Array, step: Step) -> Array:
         y = self.product(x, step)
-        y = y if self.bias is None else y + self.bias[...][:, None]
+        if self.bias is not None:
+            bias = self.bias[...][:, None]
+            y = y + (step.axis.once(bias) if self.summed else bias)
         added = None if self.adapters is None else self.adapters(x, step)  # pyright: ignore[reportCallIssue]
         return y if added is None else y + added
 
@@ -85,10 +93,10 @@ class Product(nnx.Module):
 class Linear(Product):
     """W as it is."""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, n_in: int, n_out: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs, summed: bool = False):
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (n_out, n_in), dtype) * n_in**-0.5)
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
-        self.shape, self.adapters = (n_out, n_in), nnx.data(None)
+        self.shape, self.summed, self.adapters = (n_out, n_in), summed, nnx.data(None)
 
     def product(self, x: Array, step: Step) -> Array:
         return columns_product(self.weight[...], x)
@@ -119,11 +127,13 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape, dtype)) if spec.bias else None
         self.spec, self.view, self.axes = spec, view, axes
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, over: Axis = ONE) -> Array:
+        """over: devices that have a part each of the numbers that are normalised together."""
         y = x.astype(jnp.float32)
+        mean = lambda y: over.sum(jnp.mean(y, axis=self.axes, keepdims=True)) / over.size
         if self.spec.kind == "layer":
-            y = y - jnp.mean(y, axis=self.axes, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=self.axes, keepdims=True) + self.spec.eps)
+            y = y - mean(y)
+        y = y * jax.lax.rsqrt(mean(jnp.square(y)) + self.spec.eps)
         if self.weight is not None:
             y = y * (self.weight[...].astype(jnp.float32).reshape(self.view) + self.spec.offset)
         if self.bias is not None:
@@ -142,14 +152,15 @@ def _head_norm(spec: QKNorm, heads: int, head_dim: int, dtype: jnp.dtype) -> Nor
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention. One product makes q, k and v: W [(H + 2 G) D, E]."""
+    """Grouped-query attention. One product makes q, k and v: W [(H + 2 G) D, E]. What it returns is a share of a sum, as of
+    `MLP` and the others that stand in their place: see `Step.axis`."""
 
     def __init__(self, embed_dim: int, spec: LayerSpec, dtype: jnp.dtype, rngs: nnx.Rngs):
         assert isinstance(spec.attention, AttentionSpec)
         s, self.rope = spec.attention, spec.rope
         self.spec = s
         self.qkv = Linear(embed_dim, (s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.bias, dtype, rngs)
-        self.out = Linear(s.num_heads * s.head_dim, embed_dim, s.out_bias, dtype, rngs)
+        self.out = Linear(s.num_heads * s.head_dim, embed_dim, s.out_bias, dtype, rngs, summed=True)
         self.q_norm = _head_norm(s.qk_norm, s.num_heads, s.head_dim, dtype) if s.qk_norm else None
         self.k_norm = _head_norm(s.qk_norm, s.num_kv_heads, s.head_dim, dtype) if s.qk_norm else None
         self.sinks = nnx.Param(jnp.zeros((s.num_heads,), dtype)) if s.sinks else None
@@ -160,20 +171,21 @@ class Attention(nnx.Module):
         heads = self.qkv(x, step).reshape(H + 2 * G, D, -1).transpose(2, 0, 1)  # [T, H + 2 G, D]
         q, k, v = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
         if s.qk_norm is not None and not s.qk_norm.after_rope:
-            q, k = self._norm(q, k)
+            q, k = self._norm(q, k, step.axis)
         if s.clip is not None:
             q, k, v = (jnp.clip(part, -s.clip, s.clip) for part in (q, k, v))
         q, k = positions.rotate(q, self.rope), positions.rotate(k, self.rope)
         if s.qk_norm is not None and s.qk_norm.after_rope:
-            q, k = self._norm(q, k)
+            q, k = self._norm(q, k, step.axis)
         if s.temperature is not None:
             q = q * _temperature(positions.at, *s.temperature)[:, None, None].astype(q.dtype)
         y = step.attend(layer, q, k, v, None if self.sinks is None else self.sinks[...])
         return self.out(y.reshape(-1, H * D).T, step)
 
-    def _norm(self, q: Array, k: Array) -> tuple[Array, Array]:
-        assert self.q_norm is not None and self.k_norm is not None
-        return self.q_norm(q), self.k_norm(k)
+    def _norm(self, q: Array, k: Array, axis: Axis) -> tuple[Array, Array]:
+        assert self.q_norm is not None and self.k_norm is not None and self.spec.qk_norm is not None
+        over = axis if self.spec.qk_norm.over == "all" else ONE
+        return self.q_norm(q, over), self.k_norm(k, over)
 
 
 def _temperature(positions: Int32[Array, " T"], length: float, weight: float) -> Float[Array, " T"]:
@@ -187,7 +199,7 @@ class MLP(nnx.Module):
         self.activation, width = spec.activation, spec.ffn_dim
         self.gate_up = Linear(embed_dim, 2 * width, spec.bias, dtype, rngs) if spec.gated else None
         self.up = None if spec.gated else Linear(embed_dim, width, spec.bias, dtype, rngs)
-        self.down = Linear(width, embed_dim, spec.bias, dtype, rngs)
+        self.down = Linear(width, embed_dim, spec.bias, dtype, rngs, summed=True)
 
     def __call__(self, x: Float[Array, "E T"], step: Step) -> Float[Array, "E T"]:
         if self.up is not None:

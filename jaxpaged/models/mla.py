@@ -36,7 +36,7 @@ class LatentAttention(nnx.Module):
         self.kv_down = Linear(embed_dim, C + s.rope_dim, s.bias, dtype, rngs)
         self.kv_norm = Norm(s.norm, (C,), dtype)
         self.kv_up = Linear(C, H * (s.nope_dim + s.value_dim), False, dtype, rngs)
-        self.out = Linear(H * s.value_dim, embed_dim, s.bias, dtype, rngs)
+        self.out = Linear(H * s.value_dim, embed_dim, s.bias, dtype, rngs, summed=True)
 
     def __call__(self, x: Float[Array, "E T"], layer: int, positions: Positions, step: Step) -> Float[Array, "E T"]:
         s = self.spec

@@ -21,7 +21,7 @@ from jax import Array
 
 from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.layers import Linear, Product, Step, columns_product
-from jaxpaged.models.moe import Experts
+from jaxpaged.models.moe import Experts, with_bias
 
 SMALL = ("router", "shared_gate")
 ROWS = 4096  # that are quantised at a time: bounds the memory it takes
@@ -74,8 +74,8 @@ def microscaled(numbers: Array, scales: Array, dtype: jnp.dtype) -> Array:
 class _Quantized(nnx.Module):
     """weight, scales and zeros of a matrix, and what it is as floats."""
 
-    def __init__(self, shape: tuple[int, ...], form: Form, bias: nnx.Param | None):
-        self.form, self.bias = form, bias
+    def __init__(self, shape: tuple[int, ...], form: Form, bias: nnx.Param | None, summed: bool = False):
+        self.form, self.bias, self.summed = form, bias, summed
         arrays = {name: jnp.zeros(*spec) for name, spec in form.shapes(shape).items()}
         self.weight, self.scales = nnx.Param(arrays["weight"]), nnx.Param(arrays["scales"])
         self.zeros = nnx.Param(arrays["zeros"]) if form.zeros else None
@@ -97,8 +97,8 @@ class _Quantized(nnx.Module):
 class QuantizedLinear(_Quantized, Product):
     """In the place of `Linear`."""
 
-    def __init__(self, shape: tuple[int, int], form: Form, bias: nnx.Param | None):
-        super().__init__(shape, form, bias)
+    def __init__(self, shape: tuple[int, int], form: Form, bias: nnx.Param | None, summed: bool = False):
+        super().__init__(shape, form, bias, summed)
         self.shape, self.adapters = shape, nnx.data(None)
 
     def product(self, x: Array, step: Step) -> Array:
@@ -117,10 +117,11 @@ class QuantizedExperts(_Quantized):
 
     def __call__(self, x: Array, expert: Array, sizes: Array, step: Step) -> Array:
         if len(x) < len(sizes):  # the matrices of these rows only become floats
-            y = jnp.einsum("noi,ni->no", self.dense(x.dtype, expert), x, preferred_element_type=jnp.float32).astype(x.dtype)
+            own = jnp.minimum(expert, len(sizes) - 1)
+            y = jnp.einsum("noi,ni->no", self.dense(x.dtype, own), x, preferred_element_type=jnp.float32).astype(x.dtype)
         else:
             y = step.grouped_matmul(x, self.dense(x.dtype), sizes)
-        return y if self.bias is None else y + self.bias[...][expert]
+        return with_bias(y, self.bias, self.summed, expert, step)
 
 
 Forms = Mapping[str, Form]
@@ -143,7 +144,7 @@ def quantize_modules(model: Decoder, forms: Forms) -> Decoder:
     for path, parent, name in products(model):
         if path in forms:
             child = getattr(parent, name)
-            setattr(parent, name, KINDS[type(child)](child.weight.shape, forms[path], child.bias))
+            setattr(parent, name, KINDS[type(child)](child.weight.shape, forms[path], child.bias, child.summed))
     return model
 
 

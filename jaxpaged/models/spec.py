@@ -128,6 +128,7 @@ class MoESpec:
     shared: MLPSpec | None = None  # an MLP that every token takes as well
     shared_gate: bool = False  # weighted by a sigmoid of its own
     jitter: float = 0.0  # sparsemixer's threshold is twice this
+    held: int | None = None  # experts of this device, where each has some of them; None: it has all
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+"""Engines over several devices do what one on one device does: tokens, logprobs, chunks, shared prefixes, preemption."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxpaged import LLM, SamplingParams
+from jaxpaged.hf_config import HFConfig
+from jaxpaged.models import door
+from jaxpaged.models.decoder import Decoder
+from jaxpaged.request import RequestError
+
+BASE = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "tie_word_embeddings": False}  # fmt: skip
+MODELS = {
+    "llama": {**BASE, "model_type": "llama", "rope_theta": 10000.0},
+    "qwen3": {**BASE, "model_type": "qwen3", "rope_theta": 10000.0, "tie_word_embeddings": True, "num_key_value_heads": 2},
+    "gemma3": {**BASE, "model_type": "gemma3_text", "sliding_window": 24, "query_pre_attn_scalar": 16, "num_key_value_heads": 1,
+               "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+               "layer_types": ["sliding_attention", "full_attention"] * 2, "rope_theta": 10000.0,
+               "rope_local_base_freq": 10000.0},
+    "moe": {**BASE, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+            "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "rope_theta": 10000.0},
+    "gpt-oss": {**BASE, "model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 16,
+                "layer_types": ["sliding_attention", "full_attention"] * 2, "attention_bias": True, "swiglu_limit": 7.0,
+                "rope_theta": 10000.0},
+    "mla": {**BASE, "model_type": "deepseek_v3", "num_key_value_heads": 8, "kv_lora_rank": 24, "q_lora_rank": 20,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1, "n_routed_experts": 8,
+            "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1,
+            "norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_theta": 10000.0},
+}  # fmt: skip
+ENGINE = {"skip_tokenizer_init": True, "max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 4, "max_model_len": 128,
+          "enforce_eager": True, "use_tqdm": False, "max_logprobs": 101}  # fmt: skip
+PREFIX = [(7 * i) % 101 for i in range(45)]
+PROMPTS = [PREFIX, [*PREFIX, 5, 6], [11, 12, 13], [*PREFIX[:20], 9], [(3 * i + 1) % 101 for i in range(60)], [42] * 10]
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, logprobs=101, prompt_logprobs=101)
+SHAPES = {
+    "tp2": {"tensor_parallel_size": 2},
+    "tp4": {"tensor_parallel_size": 4},
+    "tp8": {"tensor_parallel_size": 8},
+    "pp2": {"pipeline_parallel_size": 2},
+    "pp4": {"pipeline_parallel_size": 4},
+    "tp2 pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "tp2 pp4": {"tensor_parallel_size": 2, "pipeline_parallel_size": 4},
+    "dp2 tp2": {"data_parallel_size": 2, "tensor_parallel_size": 2},
+    "ep4": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
+    "ep2 pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enable_expert_parallel": True},
+}
+
+
+def wanted(model: str, shape: str) -> bool:
+    return shape in ("tp4", "ep4") if model == "gpt-oss" else "ep" not in shape or model in ("moe", "mla")
+
+
+QUICK = (("llama", "tp4"), ("gemma3", "tp2 pp2"), ("moe", "ep4"), ("mla", "tp2"), ("llama", "pp4"))
+CASES = [
+    pytest.param(model, shape, id=f"{model} {shape}", marks=() if (model, shape) in QUICK else pytest.mark.slow)
+    for model in MODELS
+    for shape in SHAPES
+    if wanted(model, shape)
+]  # fmt: skip
+
+
+@functools.cache
+def params(name: str) -> dict:
+    """Random weights in which rounding decides nothing."""
+    hf = HFConfig(MODELS[name])
+    config = door(hf["model_type"], hf).decoder_config(hf)
+    state = nnx.split(Decoder(config, jnp.dtype(jnp.float32), nnx.Rngs(1)))[1]
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
+
+
+def make(name: str, **changes) -> LLM:
+    return LLM(MODELS[name], params=params(name), **{**ENGINE, **changes})
+
+
+def generate(llm: LLM, params: SamplingParams = GREEDY, prompts=PROMPTS) -> list:
+    outputs = llm.generate([list(p) for p in prompts], params, use_tqdm=False)
+    assert all(output.error is None for output in outputs)
+    return outputs
+
+
+def tokens(outputs: list) -> list:
+    return [completion.token_ids for output in outputs for completion in output.outputs]
+
+
+def scores(outputs: list) -> np.ndarray:
+    """Logprobs of every word, of every token of prompts and outputs: [n, V]."""
+    entries = [e for o in outputs for e in (*(o.prompt_logprobs or [])[1:], *o.outputs[0].logprobs)]
+    return np.array([[entry[word].logprob for word in range(101)] for entry in entries])
+
+
+@functools.cache
+def expected(name: str) -> tuple[list, np.ndarray, list]:
+    with make(name) as llm:
+        outputs = generate(llm)
+        return tokens(outputs), scores(outputs), tokens(generate(llm, SAMPLED))
+
+
+SAMPLED = SamplingParams(temperature=1.0, seed=5, n=2, top_p=0.9, top_k=30, max_tokens=6, ignore_eos=True,
+                         repetition_penalty=1.2, logit_bias={3: 2.0})  # fmt: skip
+
+
+@pytest.mark.parametrize("model, shape", CASES)
+def test_it_is_the_same_as_on_one_device(model, shape):
+    """Chunks of 24 tokens, prefixes shared, all words' logprobs; then two samples of each prompt."""
+    words, logprobs, sampled = expected(model)
+    with make(model, **SHAPES[shape]) as llm:
+        outputs = generate(llm)
+        assert tokens(outputs) == words
+        np.testing.assert_allclose(scores(outputs), logprobs, atol=1e-4)
+        assert tokens(generate(llm, SAMPLED)) == sampled
+        again = generate(llm, GREEDY.clone(logprobs=None, prompt_logprobs=None))
+        assert tokens(again) == words and sum(output.num_cached_tokens or 0 for output in again) > 100
