@@ -109,7 +109,7 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     config = config.resolve(devices[0].platform, decoder_config.max_positions)
     decoder_config = decoder_config.for_length(int(config.max_model_len or 0))
     parallel = Parallel.over(devices, decoder_config, config.tensor_parallel_size, config.pipeline_parallel_size,
-                             config.enable_expert_parallel)  # fmt: skip
+                             config.enable_expert_parallel, config.all2all_backend == "ragged_all_to_all")  # fmt: skip
     tokenizer = _tokenizer(config, path)
     stages.done("load the tokenizer")
     loaded = loading.load(config, family, parallel, scheme, checkpoint, params, progress)

@@ -15,6 +15,7 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 QUANTIZATIONS = (None, "int8", "int4", "fp8", "gptq", "awq", "compressed-tensors", "mxfp4", "gguf")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8")
 POLICIES = ("fcfs", "priority")
+ALL_TO_ALL = ("allgather_reducescatter", "ragged_all_to_all")
 # Arguments of vLLM's LLM that this version does not have, and the values that ask for nothing: those are taken, so that a
 # script runs after changing the import; any other value is refused by name.
 NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
@@ -56,6 +57,8 @@ class EngineConfig:
     tensor_parallel_size: devices that share each layer. pipeline_parallel_size: groups of them that have some of the layers
       each. data_parallel_size: engines that have all of that each, and share the requests.
     enable_expert_parallel: the devices of a tensor-parallel group have some of the experts each, and not some of each expert.
+      all2all_backend: how tokens of large batches get to them: "allgather_reducescatter" shows all tokens to all devices and
+      adds up what each makes of them; "ragged_all_to_all" sends each to the devices that have its experts.
     """
 
     model: str = "demo"
@@ -97,6 +100,7 @@ class EngineConfig:
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    all2all_backend: str = "allgather_reducescatter"
     trust_remote_code: bool = False
     disable_log_stats: bool = True
 
@@ -112,6 +116,7 @@ class EngineConfig:
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("scheduling_policy", self.scheduling_policy, POLICIES)
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
+        _one_of("all2all_backend", self.all2all_backend, ALL_TO_ALL)
         for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             _positive(name, getattr(self, name), auto=True)
         for name in ("max_loras", "max_lora_rank", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):

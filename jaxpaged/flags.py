@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxpaged.config import CACHE_DTYPES, DTYPES, LOAD_FORMATS, POLICIES, EngineConfig
+from jaxpaged.config import ALL_TO_ALL, CACHE_DTYPES, DTYPES, LOAD_FORMATS, POLICIES, EngineConfig
 from jaxpaged.request import RequestError, refuse_unknown
 
 MODEL, MEMORY, SCHEDULING, LORA = "Model", "Memory", "Scheduling", "LoRA adapters"
@@ -64,6 +64,7 @@ HELP: dict[str, tuple[str, str]] = {
     "pipeline_parallel_size": (DEVICES, "Groups of devices that have some of the layers each."),
     "data_parallel_size": (DEVICES, "Engines, each on devices of its own, that share the requests."),
     "enable_expert_parallel": (DEVICES, "Devices have some of the experts each, not some of each expert."),
+    "all2all_backend": (DEVICES, f"How tokens get to experts on other devices: {' or '.join(ALL_TO_ALL)}."),
     "disable_log_stats": (COMPILING, "No periodic statistics in the log."),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxpaged import sharding
+from jaxpaged.axis import Axis
 from jaxpaged.home import Piece, whole
 from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.placement import Placement
@@ -21,15 +22,16 @@ LAST = ("norm", "head", "head_bias")
 
 @dataclass(frozen=True)
 class Parallel:
-    """sharding: how each layer is shared. layers: of each stage; placements: its devices."""
+    """sharding: how each layer is shared. layers: of each stage; placements: its devices. ragged: see `Axis`."""
 
     sharding: Sharding
     layers: tuple[range, ...]
     placements: tuple[Placement, ...]
+    ragged: bool = False
 
     @staticmethod
     def over(devices: Sequence[jax.Device], config: DecoderConfig, tensor: int = 1, pipeline: int = 1,
-             experts: bool = False) -> Parallel:  # fmt: skip
+             experts: bool = False, ragged: bool = False) -> Parallel:  # fmt: skip
         """On the first `tensor * pipeline` devices. RequestError, with what would work, if there are too few or the model
         cannot be divided so."""
         sharding.check(config, tensor, experts)
@@ -39,12 +41,17 @@ class Parallel:
                                f"{tensor * pipeline} devices, but there are {len(devices)}; use sizes whose product is at most "
                                "that.", "tensor_parallel_size")  # fmt: skip
         slices = [devices[at : at + tensor] for at in range(0, tensor * pipeline, tensor)]
-        return Parallel(Sharding(config, tensor, experts), tuple(layers), tuple(map(Placement, slices)))
+        return Parallel(Sharding(config, tensor, experts), tuple(layers), tuple(map(Placement, slices)), ragged)
 
     @property
     def local(self) -> DecoderConfig:
         """The decoder that each device runs (its stage's layers of)."""
         return self.sharding.local
+
+    @property
+    def axis(self) -> Axis:
+        """As programs see the devices that share a layer."""
+        return Axis(self.sharding.size, ragged=self.ragged)
 
     def holds(self, stage: int, path: str) -> bool:
         """Is a leaf one of a stage's? A tied embedding is two stages'."""
@@ -59,7 +66,7 @@ class Parallel:
         """The devices of the first stage that holds a leaf."""
         return next(place for stage, place in enumerate(self.placements) if self.holds(stage, path))
 
-    def axis(self, path: str, shape: Sequence[int]) -> int | None:
+    def cut_axis(self, path: str, shape: Sequence[int]) -> int | None:
         """Along which a leaf of the whole model is cut."""
         cut = self.sharding.cut(path, tuple(shape))
         return None if cut is None else cut.axis
@@ -78,4 +85,4 @@ class Parallel:
         return found
 
     def join(self, path: str, shape: tuple[int, ...], sharding: Any, parts: Sequence[jax.Array]) -> jax.Array:
-        return self.home(path).join(parts, self.axis(path, shape))
+        return self.home(path).join(parts, self.cut_axis(path, shape))

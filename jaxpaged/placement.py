@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxpaged.axis import NAME, Axis
+from jaxpaged.axis import NAME
 
 WHOLE = PartitionSpec()
 
@@ -29,10 +29,6 @@ class Placement:
         self.mesh = Mesh(np.array(self.devices), (NAME,))
         self.own = tuple(d for d in self.devices if d.process_index == jax.process_index())
         self._whole = self.sharding(None)
-
-    @property
-    def axis(self) -> Axis:
-        return Axis(len(self.devices))
 
     def spec(self, axis: int | None) -> PartitionSpec:
         """Of an array that is cut along `axis`; None: whole."""

@@ -152,9 +152,21 @@ def fit(setting: Setting, temporaries: int | None = None) -> tuple[Setting, Memo
     temporaries = setting.expected_temporaries if temporaries is None else temporaries
     weights, pages = max(map(setting.weights, setting.stages)), max(map(setting.page_bytes, setting.stages))
     account = setting.memory_limit, weights, temporaries, pages
+    _check_room(weights + temporaries, setting.memory_limit, "weights and temporaries take")
     if setting.auto_length:
         setting = replace(setting, config=memory.fitted(setting.config, setting.limits(), *account))
-    return setting, memory.plan(setting.config, setting.limits(), *account)
+    found = memory.plan(setting.config, setting.limits(), *account)
+    _check_room(
+        weights + temporaries + found.cache, setting.memory_limit, "weights, temporaries and the KV cache asked for take"
+    )
+    return setting, found
+
+
+def _check_room(size: int, limit: int, what: str) -> None:
+    if size > limit:
+        raise RequestError(
+            f"{what} {size / 2**30:,.1f} GiB of a device, of which {limit / 2**30:,.1f} GiB may be used.", "device"
+        )
 
 
 def fits(setting: Setting) -> MemoryPlan | None:

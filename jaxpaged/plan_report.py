@@ -49,8 +49,8 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"  KV cache      {_gib(cache)}   {memory.num_pages:,} pages of {s.config.block_size} tokens, " \
               f"{memory.page_bytes / 2**10:,.0f} KiB each"  # fmt: skip
     reserve = s.device.memory - weights - temporaries - cache
-    yield f"  reserve       {_gib(reserve)}   ({1 - POOL:.0%} outside JAX, and what gpu_memory_utilization="\
-          f"{s.config.gpu_memory_utilization} leaves)"  # fmt: skip
+    kept = f"{1 - POOL:.0%} outside JAX, and what gpu_memory_utilization={s.config.gpu_memory_utilization} leaves"
+    yield f"  reserve       {_gib(reserve)}   ({kept})" if reserve > 0 else f"  too much by   {_gib(-reserve)}"
     yield f"  the device's  {_gib(s.device.memory)}"
     if memory is not None:
         sequences = (memory.num_pages - 1) / memory.per_sequence

@@ -73,7 +73,7 @@ class Blueprint:
         local = whole = self.abstract[2]
         if self.parallel.sharding.size > 1:
             _, _, whole = abstract_decoder(self.parallel.sharding.config, self.dtype, self.forms, self.dims.adapters)
-        axes = {path: self.parallel.axis(path, whole[path].shape) for path in local}
+        axes = {path: self.parallel.cut_axis(path, whole[path].shape) for path in local}
         return [
             {p: place.struct(x.shape, x.dtype, axes[p]) for p, x in local.items() if self.parallel.holds(stage, p)}
             for stage, place in enumerate(self.parallel.placements)
@@ -107,7 +107,7 @@ class Stage:
         graph, treedef, abstract = b.abstract
         self.abstract = b.leaves[number]
         self.model = Model(graph, treedef, b.parallel.local, b.kv.of(layers), b.ops, layers,
-                           tuple(path in self.abstract for path in abstract), self.place.axis)  # fmt: skip
+                           tuple(path in self.abstract for path in abstract), b.parallel.axis)  # fmt: skip
         self.tables = {path: spec for path, spec in self.abstract.items() if TABLE in path}
         self.leaves: dict[str, Array] = {}
         self.caches: tuple[Array, ...] = ()
@@ -225,7 +225,7 @@ class Stage:
         return self.place.struct(local, spec.dtype, None if axis is None else axis - 1)
 
     def _table_axis(self, path: str) -> int | None:
-        return self.blueprint.parallel.axis(path, self.tables[path].shape)
+        return self.blueprint.parallel.cut_axis(path, self.tables[path].shape)
 
 
 @dataclass(frozen=True)
@@ -240,5 +240,5 @@ class _Entry:
         return [home.Piece(p.device, tuple(r[1:] for r in p.regions), max(p.axis - 1, 0), p.shape[1:]) for p in found]
 
     def join(self, path: str, shape: tuple[int, ...], sharding: Any, parts: Sequence[Array]) -> Array:
-        axis = self.parallel.axis(path, (1, *shape))
+        axis = self.parallel.cut_axis(path, (1, *shape))
         return self.place.join(parts, None if axis is None else axis - 1)

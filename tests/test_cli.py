@@ -95,7 +95,7 @@ MISTAKES = [
     (["generate", "--model", "/nowhere/at/all", "x"], "There is no file or folder /nowhere/at/all"),
     (["generate", "--max-model-len", "long", "x"], "max_model_len must be a number of tokens"),
     (["generate", "--hf-overrides", "{x", "x"], "--hf-overrides must be a JSON object"),
-    (["generate", "--tensor-parallel-size", "2", "x"], "tensor_parallel_size=2 is not supported"),
+    (["generate", "--tensor-parallel-size", "2", "x"], "has 9 query heads, 3 key and value heads; sizes that work: 1, 3"),
     (["generate", "-f", "/nowhere.txt"], "/nowhere.txt cannot be read"),
     (["generate", "-f", "/nowhere.txt", "x"], "not both"),
     (["bench", "latency", "--input-len", "many"], "'--input-len'"),

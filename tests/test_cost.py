@@ -42,7 +42,10 @@ SHORT = {name: dataclasses.replace(config, layers=config.layers[:7]) for name, c
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
-def stages(name: str, sizes: Sizes = Sizes(), cache: str = "bfloat16", forms=None):
+ONE = Sizes()
+
+
+def stages(name: str, sizes: Sizes = ONE, cache: str = "bfloat16", forms=None):
     return make_stages(DECODERS[name], sizes, "bfloat16", cache, forms or {})
 
 

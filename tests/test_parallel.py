@@ -34,7 +34,7 @@ MODELS = {
             "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1,
             "norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_theta": 10000.0},
 }  # fmt: skip
-ENGINE = {"skip_tokenizer_init": True, "max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 4, "max_model_len": 128,
+ENGINE = {"skip_tokenizer_init": True, "max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4, "max_model_len": 128,
           "enforce_eager": True, "use_tqdm": False, "max_logprobs": 101}  # fmt: skip
 PREFIX = [(7 * i) % 101 for i in range(45)]
 PROMPTS = [PREFIX, [*PREFIX, 5, 6], [11, 12, 13], [*PREFIX[:20], 9], [(3 * i + 1) % 101 for i in range(60)], [42] * 10]
@@ -108,7 +108,7 @@ SAMPLED = SamplingParams(temperature=1.0, seed=5, n=2, top_p=0.9, top_k=30, max_
 
 @pytest.mark.parametrize("model, shape", CASES)
 def test_it_is_the_same_as_on_one_device(model, shape):
-    """Chunks of 24 tokens, prefixes shared, all words' logprobs; then two samples of each prompt."""
+    """Chunks of 16 tokens, prefixes shared, all words' logprobs; then two samples of each prompt."""
     words, logprobs, sampled = expected(model)
     with make(model, **SHAPES[shape]) as llm:
         outputs = generate(llm)

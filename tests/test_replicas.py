@@ -84,8 +84,12 @@ def test_a_conversation_stays_where_its_beginning_is_cached():
 
 
 def test_strangers_are_spread_and_answers_come_from_both():
-    with serve(service("from 0", "from 1", seconds=0.005)) as live:
-        texts: list[str] = []
+    all_are_in, texts = threading.Event(), list[str]()
+
+    def says(text: str):
+        return lambda prompt: text if all_are_in.wait(20) else "they do not come"
+
+    with serve(service(says("from 0"), says("from 1"))) as live:
 
         def ask(i: int) -> None:
             with http_of(live) as http:
@@ -94,6 +98,8 @@ def test_strangers_are_spread_and_answers_come_from_both():
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(1, 17)]
         for thread in threads:
             thread.start()
+        wait_until(lambda: len(live.service.engine.streams) == 16, "all requests are in", seconds=20)
+        all_are_in.set()
         for thread in threads:
             thread.join()
         assert sorted(texts) == ["from 0"] * 8 + ["from 1"] * 8

@@ -36,7 +36,7 @@ def serve(monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as end:
             cli.main()
-        return int(end.value.code or 0), capsys.readouterr().err, *(started[0] if started else (None, None, None))
+        return int(end.value.code or 0), capsys.readouterr().err, *(started[0][:3] if started else (None, None, None))
 
     return call
 
@@ -84,7 +84,7 @@ def test_the_key_may_come_from_the_environment(serve, monkeypatch):
     (("--swap-space", "16"), "swap_space='16' is not supported"),
     (("--quantization", "bitsandbytes"), "quantization"),
     (("--max-loras", "0"), "max_loras must be a positive integer"),
-    (("--tensor-parallel-size", "2"), "tensor_parallel_size=2"),
+    (("--tensor-parallel-size", "0"), "tensor_parallel_size must be a positive integer"),
     (("--trust-remote-code",), "trust_remote_code"),
     (("--port", "99999"), "port must be in 0..65535"),
     (("--port", "http"), "port"),

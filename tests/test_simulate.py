@@ -50,7 +50,9 @@ def test_stages_of_a_pipeline_wait_for_the_token():
 
 @pytest.mark.parametrize("sizes", [{}, {"data_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=str)
 def test_every_request_gets_its_tokens(sizes):
-    given, plan = on_paper("tiny", max_model_len=512, num_gpu_blocks_override=30, max_num_seqs=8, max_num_batched_tokens=64, **sizes)
+    given, plan = on_paper(
+        "tiny", max_model_len=512, num_gpu_blocks_override=30, max_num_seqs=8, max_num_batched_tokens=64, **sizes
+    )
     rng = np.random.default_rng(0)
     asked = [Traced(None, int(p), int(o)) for p, o in zip(rng.integers(1, 300, 60), rng.integers(1, 200, 60))]
     replica = simulate.Replica(given, plan)
@@ -147,7 +149,7 @@ def test_arrivals_have_the_rate_that_is_asked_for():
     assert arrivals(asked, 4.0, True, 0).tolist() == [0.0, 0.1, 0.5]
     times = arrivals([Traced(None, 1, 1)] * 4000, 4.0, False, 3)
     assert times[-1] == pytest.approx(1000, rel=0.05) and (np.diff(times) > 0).all()
-    assert (arrivals([Traced(None, 1, 1)] * 4000, 8.0, False, 3) * 2 == pytest.approx(times))
+    assert arrivals([Traced(None, 1, 1)] * 4000, 8.0, False, 3) * 2 == pytest.approx(times)
 
 
 def test_prompts_have_their_length_and_differ():
