@@ -108,8 +108,7 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     auto_length = config.max_model_len == "auto"
     config = config.resolve(devices[0].platform, decoder_config.max_positions)
     decoder_config = decoder_config.for_length(int(config.max_model_len or 0))
-    parallel = Parallel.over(devices, decoder_config, config.tensor_parallel_size, config.pipeline_parallel_size,
-                             config.enable_expert_parallel, config.all2all_backend == "ragged_all_to_all")  # fmt: skip
+    parallel = make_parallel(config, decoder_config, devices)
     tokenizer = _tokenizer(config, path)
     stages.done("load the tokenizer")
     loaded = loading.load(config, family, parallel, scheme, checkpoint, params, progress)
@@ -216,6 +215,12 @@ def _runner(config: EngineConfig, parallel: Parallel, loaded: Loaded, auto_lengt
             runner.allocate()
             return runner, replace(plan, temporaries=known), config
         temporaries = known
+
+
+def make_parallel(config: EngineConfig, decoder_config: DecoderConfig, devices: Sequence[jax.Device]) -> Parallel:
+    """RequestError, with what would work, if there are too few devices or the model cannot be divided as it should."""
+    return Parallel.over(devices, decoder_config, config.tensor_parallel_size, config.pipeline_parallel_size,
+                         config.enable_expert_parallel, config.all2all_backend == "ragged_all_to_all")  # fmt: skip
 
 
 def make_blueprint(config: EngineConfig, parallel: Parallel, forms: Forms = NO_FORMS) -> Blueprint:

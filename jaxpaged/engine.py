@@ -248,7 +248,7 @@ class Engine:
             return
         going = [track for track in group.tracks if track.finish_reason is None]
         if self.journal is not None and going:
-            pass
+            self.journal(Aborted(tuple(track.request.id for track in going)))
         for track in going:
             self.state = scheduler.abort(self.state, track.request.id)
             track.end(FinishReason.ABORT)

@@ -112,17 +112,22 @@ class Leader:
 
     # -- the end ---------------------------------------------------------------------------------------------------------
 
-    def stop(self, timeout: float = 5.0) -> None:
+    def stop(self) -> None:
         """All is well: the followers end, and hang up."""
         self._say(wire.Stop())
-        for one in self.channels.values():
-            one.wait_for_end(timeout)
-        self.close()
+        self._wait_for_ends(5.0)
 
     def fail(self, why: str) -> None:
         """The followers end with an error."""
         self._over.set()
         self._say(wire.Trouble(why))
+        self._wait_for_ends(2.0)
+
+    def _wait_for_ends(self, seconds: float) -> None:
+        """They end first: JAX takes it for a crash when rank 0, where its own service is, goes before them."""
+        deadline = time.monotonic() + seconds
+        for one in self.channels.values():
+            one.wait_for_end(max(0.0, deadline - time.monotonic()))
         self.close()
 
     def why_lost(self, timeout: float) -> str | None:

@@ -21,19 +21,18 @@ from typing import Any, NamedTuple
 from jaxpaged import build, devices_compiler
 from jaxpaged.batch import Variant
 from jaxpaged.memory import MemoryPlan
-from jaxpaged.parallel import Parallel
 from jaxpaged.plan_model import Setting
 from jaxpaged.stage import Stage
 
 TIMEOUT = 300.0
-KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
+KINDS = ("all-reduce", "reduce-scatter", "all-gather", "ragged-all-to-all", "all-to-all", "collective-permute")
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "f64": 8}
 
 
 class Compiled(NamedTuple):
     """temporaries: bytes of the largest program. donated, aliased: bytes of the cache that steps are given, and that they
     update in place. collectives: of each program, by kind: how many, and bytes of what they give on a device. programs: what
-    was compiled, and the seconds it took. layers: with how many layers; of several numbers the rest is extrapolated."""
+    was compiled, and the seconds it took. layers: with how many layers; from two numbers the rest is extrapolated."""
 
     temporaries: int
     donated: int
@@ -74,9 +73,7 @@ def compiled(setting: Setting, memory: MemoryPlan, all_layers: bool = False, tim
 def stages_of(setting: Setting, num_pages: int, devices: Sequence[Any]) -> list[Stage]:
     """The engine's stages on these devices. The seam between a plan and the engine: nothing else knows how it is built."""
     c = setting.config
-    parallel = Parallel.over(
-        devices, setting.decoder, c.tensor_parallel_size, c.pipeline_parallel_size, c.enable_expert_parallel
-    )
+    parallel = build.make_parallel(c, setting.decoder, devices)
     blueprint = build.make_blueprint(c, parallel, setting.forms)
     blueprint = dataclasses.replace(blueprint, dims=dataclasses.replace(blueprint.dims, num_pages=num_pages))
     return [Stage(blueprint, number) for number in range(len(parallel.layers))]
@@ -94,7 +91,7 @@ class Program(NamedTuple):
 
 def depths(setting: Setting, all_layers: bool) -> list[int]:
     """How many layers to compile with: so many that each stage has each kind, and twice as many. Compilers take time for each
-    layer, and what they say of a step grows in a straight line (tests/test_plan.py)."""
+    layer; collectives grow with layers in a straight line, and temporaries do not (tests/test_plan.py)."""
     layers, stages = setting.decoder.layers, setting.sizes.pipeline
     kinds = [len(set(layers[:n])) for n in range(len(layers) + 1)]
     least = max(2, kinds.index(kinds[-1])) * stages
@@ -147,7 +144,7 @@ def compile_all(setting: Setting, num_pages: int, all_layers: bool) -> dict[str,
 
 
 def stretched(setting: Setting, name: str, few: Program, more: Program) -> Program:
-    """What the program of all layers of its stage would be, by a straight line through two."""
+    """What the program of all layers of its stage would be: collectives by a straight line through two."""
     match = re.match(r"stage (\d+)", name)
     layers = len(setting.stages[int(match[1]) if match else 0].layers)
     if few.layers == more.layers:
@@ -155,7 +152,7 @@ def stretched(setting: Setting, name: str, few: Program, more: Program) -> Progr
     line = lambda a, b: round(a + (b - a) * (layers - few.layers) / (more.layers - few.layers))
     kinds = {kind: (few.collectives.get(kind, (0, 0)), found) for kind, found in more.collectives.items()}
     grown = {kind: (line(a[0], b[0]), line(a[1], b[1])) for kind, (a, b) in kinds.items()}
-    return more._replace(temporaries=max(few.temporaries, line(few.temporaries, more.temporaries)), collectives=grown)
+    return more._replace(temporaries=max(few.temporaries, more.temporaries), collectives=grown)
 
 
 def collectives(hlo: str) -> dict[str, tuple[int, int]]:

@@ -82,7 +82,8 @@ def _compiled(plan: Plan) -> Iterator[str]:
         return
     c = plan.compiled
     n, whole = plan.setting.sizes.tensor * plan.setting.sizes.pipeline, len(plan.setting.decoder.layers)
-    how = "" if c.layers == (whole,) else f" with {' and '.join(map(str, c.layers))} layers, a straight line to {whole}"
+    some = f" with {' and '.join(map(str, c.layers))} layers, collectives extrapolated to {whole}"
+    how = "" if c.layers == (whole,) else some
     yield f"compiled for {n} x {plan.setting.device.name}{how}, in {c.seconds:.0f} s: the cache is " + (
         "updated in place" if c.aliased == c.donated else f"COPIED ({c.donated - c.aliased:,} bytes)")  # fmt: skip
     for program, kinds in c.collectives.items():

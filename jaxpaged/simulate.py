@@ -34,14 +34,14 @@ class Ticket(NamedTuple):
 
 class PaperRunner:
     """A `Runner` whose device is arithmetic. `now`: seconds, moved on by whoever waits. A pipeline stage begins a step when it
-    is free and the stage before is done with it; the first one, when the tokens are there that a step before has sampled."""
+    is free and the stage before is done with it. (Tokens that a step before has sampled are there then: with several stages the
+    engine waits for them.)"""
 
     embed_dim = 1
 
-    def __init__(self, cost: StepCost, num_slots: int):
+    def __init__(self, cost: StepCost):
         self.cost, self.now = cost, 0.0
         self._free = [0.0] * len(cost.stages)  # when each stage is
-        self._sampled_at = np.zeros(num_slots + 1)  # when the last token of each slot is there
         self.busy = 0.0  # of the slowest stage
 
     def dispatch(self, batch: Batch) -> Ticket:
@@ -50,14 +50,11 @@ class PaperRunner:
         count = np.diff(batch.query_start[: rows + 1]).astype(np.int64)
         of_stages = self.cost.of_stages((len(batch.tokens), len(batch.slots)),
                                         Rows(batch.kv_lens[:rows].astype(np.int64) - count, count))  # fmt: skip
-        slots = batch.slots[:rows]
-        waits = slots[batch.carried[batch.query_start[1 : rows + 1] - 1]]
-        end = max(self.now, float(self._sampled_at[waits].max(initial=0.0)))
+        end = self.now
         for stage, spent in enumerate(of_stages):
             end = max(end, self._free[stage]) + spent.total
             self._free[stage] = end
         self.busy += max(spent.total for spent in of_stages)
-        self._sampled_at[slots] = end
         size = len(batch.slots)
         return Ticket(end, Sampled(np.zeros(size, np.int32), np.ones(size, bool), None, None))
 
@@ -112,7 +109,7 @@ class Result(NamedTuple):
 def make_engine(setting: Setting, plan: MemoryPlan) -> tuple[Engine, PaperRunner]:
     """As `build` makes it, with a device of paper."""
     limits = setting.limits(plan.num_pages)
-    runner = PaperRunner(setting.cost, limits.max_num_seqs)
+    runner = PaperRunner(setting.cost)
     return Engine(limits, runner, setting.buckets, async_scheduling=setting.config.async_scheduling), runner
 
 

@@ -13,16 +13,18 @@ from server_process import START_SECONDS, ServerProcess, jaxpaged
 
 
 class Ranks:
-    """options: of each rank's command line. own: more for some ranks. devices: that each has. environments: variables."""
+    """options: of each rank's command line. own: more for some ranks. devices: that each has. environments: variables
+    of a launcher, which then says who they are, or of some ranks."""
 
     def __init__(self, size: int, options: Sequence[str], own: Mapping[int, Sequence[str]] | None = None,
                  devices: Mapping[int, int] | None = None,
-                 environments: Mapping[int, Mapping[str, str]] | None = None):  # fmt: skip
-        common = ["--nnodes", str(size), "--coordinator", f"127.0.0.1:{free_port()}", *options]
+                 environments: Mapping[int, Mapping[str, str]] | None = None, launched: bool = False):  # fmt: skip
+        flags = [] if launched else ["--nnodes", str(size), "--coordinator", f"127.0.0.1:{free_port()}"]
+        place = lambda rank: [] if launched else ["--node-rank", str(rank)]
         self.processes = [
             ServerProcess(["env", f"JAX_NUM_CPU_DEVICES={(devices or {}).get(rank, 1)}",
                            *(f"{name}={value}" for name, value in (environments or {}).get(rank, {}).items()),
-                           *jaxpaged("serve", *common, "--node-rank", str(rank), *(own or {}).get(rank, ()))])
+                           *jaxpaged("serve", *flags, *options, *place(rank), *(own or {}).get(rank, ()))])
             for rank in range(size)
         ]  # fmt: skip
 

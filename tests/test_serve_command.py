@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import signal
 import socket
 import ssl
@@ -22,6 +23,15 @@ from jaxpaged_server import run
 from jaxpaged_server.options import ServerOptions
 
 LONG = "the fox and the dog. " * 100
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before():
+    """The command sends the process's logs where the test's output goes, which ends with the test."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 @pytest.fixture
