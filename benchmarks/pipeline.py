@@ -2,8 +2,8 @@
 
     python -m benchmarks.pipeline [--json FILE]
 
-Llama-3-70B on H200s, three times as many requests as run at once, all there from the beginning. Idle: of the slowest stage's time
-until the last token, what it spends on no step. Times are the cost model's: no GPU is used, and none was measured.
+Llama-3-70B on H200s, three times as many requests as run at once, all there at the beginning. Idle: of the time of the slowest
+stage until the last token, what it spends on no step. Times are the cost model's: no GPU is used, and none was measured.
 """
 
 from __future__ import annotations

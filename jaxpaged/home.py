@@ -51,7 +51,8 @@ class AsLeavesSay:
             return [Piece(None, (whole(shape),), 0, shape)]
         found = []
         for device, index in sharding.addressable_devices_indices_map(shape).items():
-            region = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape))
+            slices: tuple[slice, ...] = index or ()
+            region = tuple(s.indices(n)[:2] for s, n in zip(slices, shape))
             found.append(Piece(device, (region,), 0, tuple(end - begin for begin, end in region)))
         return found
 

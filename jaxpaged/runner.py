@@ -187,13 +187,13 @@ class ModelRunner:
         """Hidden states of all tokens and of each row's last: one stage after the other."""
         adapted = bool(self.dims.adapters.num) and bool((batch.adapters != NONE).any())
         packed = packing.pack(programs.forward_layout(bucket, self.dims, adapted), batch._asdict())
-        out: tuple[Array, ...] = (self._last_token,)
+        x, rows = self._last_token, None
         for i, stage in enumerate(self.stages):
             forward = self._program("forward", i, bucket, adapted)
-            x = out[0] if len(self.stages) == 1 else jax.device_put(out[0], stage.input_sharding(bucket.num_tokens))
-            stage.caches, *out = forward(tuple(stage.leaves.values()), stage.caches, x, stage.place.put(packed))
-        hidden, rows = out
-        return hidden, rows
+            x = x if len(self.stages) == 1 else jax.device_put(x, stage.input_sharding(bucket.num_tokens))
+            stage.caches, x, *rows = forward(tuple(stage.leaves.values()), stage.caches, x, stage.place.put(packed))
+        assert rows, "the last stage returns them"
+        return x, rows[0]
 
     def collect(self, handle: Handle) -> Sampled:
         """Waits for a step and brings its results to the host."""

@@ -76,7 +76,8 @@ HOUSE = """
                                                               | models.rope devices_compiler
     state tokenizer gguf_blocks scoring journal               | kernels
     pages gguf_tokenizer checkpoint residents                          | kernels.mosaic_gpu kernels.triton
-    chat_template config reach gguf_file prompts orbax_checkpoint router simulate_traces | kernels.reference kernels.mosaic_gpu.attention
+    chat_template config reach gguf_file prompts              |
+    orbax_checkpoint router simulate_traces                   | kernels.reference kernels.mosaic_gpu.attention
                                                               | kernels.triton.attention
                                                               | kernels.triton.decode kernels.triton.prefill
                                                               | kernels.triton.cache kernels.triton.matmul

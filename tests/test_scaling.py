@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
-from benchmarks.pipeline import Case, idle
 from plan_models import LLAMA_3_70B, QWEN3_30B_A3B
 
+from benchmarks.pipeline import Case, idle
 from jaxpaged import devices_compiler, plan_compile
 from jaxpaged.config import EngineConfig
 from jaxpaged.devices import DEVICES
@@ -52,8 +52,11 @@ def test_what_eight_devices_say_to_each_other(name, layers, temporaries):
     large = step.collectives[f"{TOKENS} tokens"]
     if name.endswith("sent"):
         assert {kind: count for kind, (count, _) in large.items()} == {
-            "reduce-scatter": layers + 1, "all-gather": layers + 1 + layers,  # the layers' attention; how many go where
-            "all-to-all": layers, "ragged-all-to-all": 2 * layers}  # of which expert they are; there and back
+            "reduce-scatter": layers + 1,
+            "all-gather": layers + 1 + layers,  # the layers' attention; how many go where
+            "all-to-all": layers,
+            "ragged-all-to-all": 2 * layers,
+        }  # of which expert they are; there and back
         return
     assert large == {"reduce-scatter": (sums, sums * E * TOKENS // 8 * 2), "all-gather": (sums, sums * E * TOKENS * 2)}
 
