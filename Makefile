@@ -45,7 +45,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/jaxpaged demo
 
 # Many small models, each by itself: two at a time. The others share servers and compiled engines, and some watch the clock.
-FAMILIES = tests/test_families.py tests/test_convert.py
+FAMILIES = tests/test_families.py tests/test_convert.py tests/test_sharding.py tests/test_parallel.py
 pytest = $(BIN)/python -m pytest -m $(1) $(FAMILIES:%=--ignore=%) && $(BIN)/python -m pytest -m $(1) -n 2 $(FAMILIES)
 
 test: $(VENV)/.test-installed

@@ -162,7 +162,10 @@ def test_probes_ask_what_the_server_answers(pod):
 def test_running_requests_have_the_time_they_are_promised(pod):
     (container,) = pod["spec"]["containers"]
     before = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["spec"]["terminationGracePeriodSeconds"] >= before + int(flag(pod, "shutdown-timeout")) + CLOSING
+    drain = int(flag(pod, "shutdown-timeout")) if flag(pod, "port") else 0  # a follower has no requests of its own
+    assert pod["spec"]["terminationGracePeriodSeconds"] >= before + drain + CLOSING
+    if not drain:
+        assert before >= 10 + int(flag(pod, "shutdown-timeout")), "it is there while its leader drains"
 
 
 def test_a_replica_on_ray_has_the_time_too():

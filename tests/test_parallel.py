@@ -115,3 +115,34 @@ def test_it_is_the_same_as_on_one_device(model, shape):
         assert tokens(generate(llm, SAMPLED)) == sampled
         again = generate(llm, GREEDY.clone(logprobs=None, prompt_logprobs=None))
         assert tokens(again) == words and sum(output.num_cached_tokens or 0 for output in again) > 100
+
+
+DEMOS = [
+    ("demo", {"tensor_parallel_size": 3}), ("demo", {"pipeline_parallel_size": 4}),
+    ("demo", {"tensor_parallel_size": 3, "pipeline_parallel_size": 2}), ("demo", {"data_parallel_size": 2}),
+    ("demo-gemma3", {"tensor_parallel_size": 2}), ("demo-gemma3", {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}),
+]  # fmt: skip
+TEXTS = ["The capital of France is", "def fibonacci(n):", "The capital of France is Paris, and that of Italy"]
+
+
+@functools.cache
+def texts(model: str, **shape: int) -> list[str]:
+    small = {"max_num_seqs": 3, "max_num_batched_tokens": 16, "max_model_len": 64, "enforce_eager": True, "use_tqdm": False}
+    with LLM(model, **small, **shape) as llm:
+        outputs = llm.generate(TEXTS, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, shape", DEMOS, ids=lambda x: x if isinstance(x, str) else " ".join(map(str, x.values())))
+def test_a_real_model_says_the_same(model, shape):
+    assert texts(model, **shape) == texts(model)
+
+
+def test_the_newest_is_preempted_in_a_pipeline_too():
+    """Pages for one and a half of the sequences: they take turns, and nothing is lost."""
+    words = expected("llama")[0]
+    with make("llama", pipeline_parallel_size=2, num_gpu_blocks_override=33) as llm:
+        assert tokens(generate(llm)) == words
+        preempted = sum(metric.value for metric in llm.get_metrics() if "preempt" in metric.name)
+        assert preempted > 0 and all(m.value == 0 for m in llm.get_metrics() if m.name.endswith("kv_pages_held"))
