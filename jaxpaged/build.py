@@ -117,7 +117,7 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     stages.done("compile")
     generation_config = _generation_config(path, checkpoint)
     eos_ids = _eos_ids(tokenizer, generation_config, hf)
-    limits = _limits(config, decoder_config, runner.blueprint.kv.reaches, plan.num_pages)
+    limits = make_limits(config, decoder_config, runner.blueprint.kv.reaches, plan.num_pages)
     engine = Engine(limits, runner, runner.buckets, tokenizer, eos_ids,
                     config.max_logprobs, config.async_scheduling, config.seed)  # fmt: skip
     log.info("%s", plan.table(int(config.block_size)))
@@ -169,7 +169,7 @@ def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:
                            "with token ids.", "tokenizer") from error  # fmt: skip
 
 
-def _limits(config: EngineConfig, decoder_config: DecoderConfig, reaches: tuple[Reach, ...], num_pages: int) -> Limits:
+def make_limits(config: EngineConfig, decoder_config: DecoderConfig, reaches: tuple[Reach, ...], num_pages: int) -> Limits:
     return Limits(
         max_num_seqs=int(config.max_num_seqs),
         max_num_batched_tokens=int(config.max_num_batched_tokens),
@@ -195,14 +195,14 @@ def _runner(config: EngineConfig, parallel: Parallel, loaded: Loaded, auto_lengt
     buckets = ladder(int(config.max_num_batched_tokens), int(config.max_num_seqs))
     limit = memory.device_limit(parallel.placements[0].own[0], config.gpu_memory_utilization)
     limit = None if limit is None else least(limit)
-    temporaries = _expected_temporaries(parallel, buckets, jnp.dtype(config.dtype).itemsize)
+    temporaries = expected_temporaries(parallel, buckets, jnp.dtype(config.dtype).itemsize)
     blueprint = make_blueprint(config, parallel, loaded.forms)
     while True:
         account = limit, blueprint.weight_bytes, temporaries, blueprint.page_bytes
         if auto_length:
-            config = _fit(config, _limits(config, parallel.sharding.config, blueprint.kv.reaches, 0), *account)
+            config = _fit(config, make_limits(config, parallel.sharding.config, blueprint.kv.reaches, 0), *account)
             config = config.replace(max_model_len=least(int(config.max_model_len or 0)))
-        limits = _limits(config, parallel.sharding.config, blueprint.kv.reaches, 0)
+        limits = make_limits(config, parallel.sharding.config, blueprint.kv.reaches, 0)
         plan = memory.plan(config, limits, *account)
         plan = replace(plan, num_pages=least(plan.num_pages))
         blueprint = replace(blueprint, dims=_dims(config, limits, plan.num_pages))
@@ -228,8 +228,8 @@ def make_blueprint(config: EngineConfig, parallel: Parallel, forms: Forms = NO_F
     whole, page_size = parallel.sharding.config, int(config.block_size)
     kv = kv_cache.layout(whole, int(config.max_model_len or 0), page_size, not config.disable_hybrid_kv_cache_manager)
     ops = _kernels(config, parallel.placements[0].devices[0])
-    dims = _dims(config, _limits(config, whole, kv.reaches, 0), 0)
-    return Blueprint(parallel, jnp.dtype(config.dtype), forms, kv, jnp.dtype(_cache_dtype(config, whole)), ops, dims)
+    dims = _dims(config, make_limits(config, whole, kv.reaches, 0), 0)
+    return Blueprint(parallel, jnp.dtype(config.dtype), forms, kv, jnp.dtype(cache_dtype(config, whole)), ops, dims)
 
 
 def _kernels(config: EngineConfig, device: jax.Device) -> Ops:
@@ -252,7 +252,7 @@ def _fit(config: EngineConfig, *account: Any) -> EngineConfig:
     return fitted
 
 
-def _cache_dtype(config: EngineConfig, decoder_config: DecoderConfig) -> str:
+def cache_dtype(config: EngineConfig, decoder_config: DecoderConfig) -> str:
     """The dtype of keys and values."""
     dtype = CACHE_DTYPES.get(config.kv_cache_dtype, config.kv_cache_dtype)
     if dtype == "auto":
@@ -269,7 +269,7 @@ def _dims(config: EngineConfig, limits: Limits, num_pages: int) -> Dims:
                 Slots(config.num_loras, config.max_lora_rank))  # fmt: skip
 
 
-def _expected_temporaries(parallel: Parallel, buckets: tuple[Bucket, ...], itemsize: int) -> int:
+def expected_temporaries(parallel: Parallel, buckets: tuple[Bucket, ...], itemsize: int) -> int:
     """A first guess, replaced by the compiler's account: a few activations of the widest layer, two sets of logits."""
     (tokens, rows), size = buckets[-1], parallel.sharding.size
     widest, whole = parallel.local.widest, parallel.sharding.config

@@ -61,7 +61,7 @@ class Setting:
 
     @property
     def cache_dtype(self) -> str:
-        return str(jnp.dtype(build._cache_dtype(self.config, self.decoder)))
+        return str(jnp.dtype(build.cache_dtype(self.config, self.decoder)))
 
     @cached_property
     def stages(self) -> list[StageCost]:
@@ -78,7 +78,7 @@ class Setting:
         return kv_cache.layout(self.decoder, int(c.max_model_len or 0), int(c.block_size), hybrid)
 
     def limits(self, num_pages: int = 0) -> Limits:
-        return build._limits(self.config, self.decoder, self.layout.reaches, num_pages)
+        return build.make_limits(self.config, self.decoder, self.layout.reaches, num_pages)
 
     def weights(self, stage: StageCost) -> int:
         """Bytes on each device of a stage."""
@@ -98,7 +98,7 @@ class Setting:
         """Until a compiler says it."""
         n = self.sizes
         parallel = Parallel(sharding.Sharding(self.decoder, n.tensor, n.experts), (), ())
-        return build._expected_temporaries(parallel, self.buckets, jnp.dtype(self.config.dtype).itemsize)
+        return build.expected_temporaries(parallel, self.buckets, jnp.dtype(self.config.dtype).itemsize)
 
     def change(self, **changes: Any) -> Setting:
         """With other fields of EngineConfig."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -213,19 +214,18 @@ class Stage:
 
     def _entry(self, path: str, adapter: Adapter) -> Array:
         product, _, half = path.rpartition(TABLE)
-        table, spec = adapter.tables.get(product), self._entry_spec(path)
-        if table is None:
-            return self.place.zeros([spec])[0]
-        return home.put(_Entry(self.blueprint.parallel, self.place), path, getattr(table, half))
+        table, where = adapter.tables.get(product), _Entry(self.blueprint.parallel, self.place)
+        if table is not None:
+            return home.put(where, path, getattr(table, half))
+        spec = self._entry_spec(path)
+        nothing = np.zeros(spec.sharding.shard_shape(spec.shape), spec.dtype)  # pyright: ignore[reportOptionalMemberAccess]
+        return where.join(path, spec.shape, None, [jax.device_put(nothing, device) for device in self.place.own])
 
     def _entry_spec(self, path: str) -> jax.ShapeDtypeStruct:
         spec = self.tables[path]
-        axis = self._table_axis(path)
-        local = list(spec.sharding.shard_shape(spec.shape)[1:])  # pyright: ignore[reportOptionalMemberAccess]
+        axis = self.blueprint.parallel.cut_axis(path, spec.shape)
+        local = spec.sharding.shard_shape(spec.shape)[1:]  # pyright: ignore[reportOptionalMemberAccess]
         return self.place.struct(local, spec.dtype, None if axis is None else axis - 1)
-
-    def _table_axis(self, path: str) -> int | None:
-        return self.blueprint.parallel.cut_axis(path, self.tables[path].shape)
 
 
 @dataclass(frozen=True)

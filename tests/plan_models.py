@@ -3,11 +3,8 @@
 import json
 from pathlib import Path
 
-LLAMA_3_8B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "silu",
-}  # fmt: skip
+from benchmarks.compile_report import LLAMA_3_8B
+
 LLAMA_3_70B = LLAMA_3_8B | {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64
 }  # fmt: skip
