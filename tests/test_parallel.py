@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpaged import LLM, SamplingParams
+from jaxpaged import LLM, LoRARequest, SamplingParams
 from jaxpaged.hf_config import HFConfig
 from jaxpaged.models import door
 from jaxpaged.models.decoder import Decoder
@@ -17,6 +17,7 @@ BASE = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidd
         "tie_word_embeddings": False}  # fmt: skip
 MODELS = {
     "llama": {**BASE, "model_type": "llama", "rope_theta": 10000.0},
+    "wide": {**BASE, "model_type": "llama", "rope_theta": 10000.0, "head_dim": 32, "intermediate_size": 256},
     "qwen3": {**BASE, "model_type": "qwen3", "rope_theta": 10000.0, "tie_word_embeddings": True, "num_key_value_heads": 2},
     "gemma3": {**BASE, "model_type": "gemma3_text", "sliding_window": 24, "query_pre_attn_scalar": 16, "num_key_value_heads": 1,
                "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
@@ -52,7 +53,9 @@ SHAPES = {
 
 
 def wanted(model: str, shape: str) -> bool:
-    return shape in ("tp4", "ep4") if model == "gpt-oss" else "ep" not in shape or model in ("moe", "mla")
+    if model in ("wide", "gpt-oss"):
+        return model == "gpt-oss" and shape in ("tp4", "ep4")
+    return "ep" not in shape or model in ("moe", "mla")
 
 
 QUICK = (("llama", "tp4"), ("gemma3", "tp2 pp2"), ("moe", "ep4"), ("mla", "tp2"), ("llama", "pp4"))
@@ -146,3 +149,52 @@ def test_the_newest_is_preempted_in_a_pipeline_too():
         assert tokens(generate(llm)) == words
         preempted = sum(metric.value for metric in llm.get_metrics() if "preempt" in metric.name)
         assert preempted > 0 and all(m.value == 0 for m in llm.get_metrics() if m.name.endswith("kv_pages_held"))
+
+
+KEPT_SMALL = {
+    "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}, "fp8": {"quantization": "fp8"},
+    "int8 cache": {"kv_cache_dtype": "int8"},
+}  # fmt: skip
+
+
+SMALL_CASES = [("llama", "int8"), ("llama", "int8 cache"), ("llama", "fp8"), ("wide", "int4"), ("moe", "int8"), ("mla", "int8")]
+
+
+@pytest.mark.parametrize("model, way", [pytest.param(*case, marks=() if case == SMALL_CASES[0] else pytest.mark.slow)
+                                        for case in SMALL_CASES])  # fmt: skip
+def test_small_weights_and_caches_are_cut_too(model, way):
+    """Scales lie where their numbers do. (int4: in groups of 128, which the parts on 2 devices have too.)"""
+    with make(model, **KEPT_SMALL[way]) as one:
+        words = tokens(generate(one))
+    with make(model, **KEPT_SMALL[way], **SHAPES["tp2 pp2"]) as llm:
+        assert tokens(generate(llm)) == words
+
+
+LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 4}
+
+
+def adapter(number: int) -> LoRARequest:
+    """PEFT's names; every product of the layers, some of whose rows and columns are each device's."""
+    rng, sizes = np.random.default_rng(number), {"q": (128, 64), "k": (64, 64), "v": (64, 64), "o": (64, 128)}
+    places = {f"self_attn.{name}_proj": size for name, size in sizes.items()}
+    places |= {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
+    arrays = {}
+    for layer in range(4):
+        for name, (n_out, n_in) in places.items():
+            at = f"base_model.model.model.layers.{layer}.{name}"
+            arrays[f"{at}.lora_A.weight"] = rng.normal(size=(4, n_in)).astype(np.float32) * 0.2
+            arrays[f"{at}.lora_B.weight"] = rng.normal(size=(n_out, 4)).astype(np.float32) * 0.2
+    return LoRARequest(str(number), number, tensors=arrays, config={"r": 4, "lora_alpha": 8})
+
+
+@pytest.mark.parametrize("shape", ["tp4", *(pytest.param(s, marks=pytest.mark.slow) for s in ("tp8", "tp2 pp2"))])
+def test_adapters_are_cut_as_their_products_are(shape):
+    asked = [adapter(1), None, adapter(2), adapter(1), None, adapter(2)]
+    found = []
+    for more in ({}, SHAPES[shape]):
+        with make("llama", **LORA, **more) as llm:
+            outputs = llm.generate([list(p) for p in PROMPTS], GREEDY.clone(prompt_logprobs=None), lora_request=asked,
+                                   use_tqdm=False)  # fmt: skip
+            found.append((tokens(outputs), scores(outputs)))
+    assert found[0][0] == found[1][0] and found[0][0] != expected("llama")[0]
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
