@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpaged import LLM, LoRARequest, SamplingParams
+from jaxpaged import LLM, BeamSearchParams, LoRARequest, SamplingParams
 from jaxpaged.hf_config import HFConfig
 from jaxpaged.models import door
 from jaxpaged.models.decoder import Decoder
@@ -198,3 +198,14 @@ def test_adapters_are_cut_as_their_products_are(shape):
             found.append((tokens(outputs), scores(outputs)))
     assert found[0][0] == found[1][0] and found[0][0] != expected("llama")[0]
     np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
+
+
+def test_embeddings_and_beams_are_the_same():
+    found = []
+    for more in ({}, SHAPES["tp2 pp2"]):
+        with make("llama", **more) as llm:
+            vectors = [output.outputs.embedding for output in llm.embed([list(p) for p in PROMPTS], use_tqdm=False)]
+            (beams,) = llm.beam_search([{"prompt_token_ids": list(PROMPTS[1])}], BeamSearchParams(beam_width=2, max_tokens=4))
+            found.append((np.array(vectors), [sequence.tokens for sequence in beams.sequences]))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-4)
+    assert found[0][1] == found[1][1]

@@ -1,5 +1,7 @@
 """A model that several devices share is the same model: every family, read part by part, against one device."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from tiny_hf import errors, forward, make, opened, prompts
 
-from jaxpaged import weights
+from jaxpaged import home, weights
 from jaxpaged.axis import Axis
 from jaxpaged.models.decoder import WholeSequence, head_leaves, head_logits
 from jaxpaged.models.spec import AttentionSpec, DecoderConfig, LayerSpec, MLPSpec, MoESpec
@@ -146,3 +148,18 @@ def test_stages():
 def test_more_devices_than_there_are():
     with pytest.raises(RequestError, match="takes 16 devices, but there are 8"):
         Parallel.over(jax.devices(), LLAMA, 8, 2)
+
+
+def test_a_host_holds_a_part_of_a_leaf_at_a_time(tmp_path, monkeypatch):
+    """Whatever is read is one device's, of the leaf that has most."""
+    held = []
+    empty = home.empty
+    monkeypatch.setattr(home, "empty", lambda shape, dtype: held.append(math.prod(shape)) or empty(shape, dtype))
+    make(tmp_path, FAMILIES["llama"], "MHA", False)
+    checkpoint, config, names, ignored = opened(tmp_path)
+    parallel = Parallel.over(jax.devices(), config, 4)
+    _, _, whole = abstract_decoder(config, "float32")
+    _, _, local = abstract_decoder(parallel.local, "float32")
+    arrays = weights.load(checkpoint, whole, names, parallel, progress=False, ignore=ignored)
+    assert max(held) == max(math.prod(leaf.shape) for leaf in local.values()) < max(a.size for a in arrays.values()) / 3
+    assert len(held) == sum(4 if leaf.shape != local[path].shape else 1 for path, leaf in whole.items()), "each is read once"
