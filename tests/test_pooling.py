@@ -370,13 +370,13 @@ def test_nothing_compiles_after_warm_up():
 def test_nan_weights_end_the_request_with_an_error(llm):
     import jax.numpy as jnp
 
-    runner = llm.engine.runner
-    weights = runner._leaves
-    runner._leaves = {path: jnp.full_like(leaf, jnp.nan) for path, leaf in weights.items()}
+    (stage,) = llm.engine.runner.stages
+    weights = stage.leaves
+    stage.leaves = {path: jnp.full_like(leaf, jnp.nan) for path, leaf in weights.items()}
     try:
         outputs = llm.embed(PROMPTS[1:3], [RAW, MEAN], use_tqdm=False)
     finally:
-        runner._leaves = weights
+        stage.leaves = weights
     assert all(output.outputs is None and "not made of numbers" in output.error for output in outputs)
     assert models.errors(embed(llm, PROMPTS[1:3], RAW), embed(llm, PROMPTS[1:3], RAW)).max() < 1e-5
 
