@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 KEY = "JAXPAGED_CLUSTER_KEY"  # an environment variable; without it rank 0 makes a key, which goes through JAX's store
 WHERE = "jaxpaged/leader"  # in that store
 LAST_RESORT = 4.0  # seconds from a loss to the end of rank 0, should it hang: its clients get their answers in that time
-AT_ONCE = 1.5  # likewise of the others, which have nothing to save
+AT_ONCE = 3.0  # likewise of the others, which have nothing to save
 # What may differ from host to host: where things are, and what rank 0 alone uses.
 LOCAL = ("model", "tokenizer", "skip_tokenizer_init", "hf_token", "chat_template", "generation_config", "compilation_cache_dir",
          "disable_log_stats", "max_cpu_loras")  # fmt: skip

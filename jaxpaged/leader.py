@@ -121,7 +121,7 @@ class Leader:
         """The followers end with an error."""
         self._over.set()
         self._say(wire.Trouble(why))
-        self._wait_for_ends(2.0)
+        self._wait_for_ends(4.0)
 
     def _wait_for_ends(self, seconds: float) -> None:
         """They end first: JAX takes it for a crash when rank 0, where its own service is, goes before them."""
