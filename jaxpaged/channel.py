@@ -99,10 +99,11 @@ class Channel:
             self._threads[0].join(timeout)
         except (queue.Full, RuntimeError):  # it does not read; never started
             pass
-        self._shut()
-        for thread in self._threads:
+        self._shut(socket.SHUT_WR)  # and goes on reading: with something unread, TCP would take back what has been sent
+        for thread in reversed(self._threads):
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(timeout)
+        self._shut()
         self._sock.close()
 
     def wait_for_end(self, timeout: float) -> None:
@@ -174,9 +175,9 @@ class Channel:
             log.error("%s", why)
             self.on_lost(why)
 
-    def _shut(self) -> None:
+    def _shut(self, how: int = socket.SHUT_RDWR) -> None:
         try:
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(how)
         except OSError:  # it is down already
             pass
 

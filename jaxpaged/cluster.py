@@ -77,8 +77,12 @@ def join(place: Place, config: EngineConfig) -> Member:
     member = Member(state.process_id, state.num_processes)
     connected = _lead if member.rank == 0 else _follow
     member.link = connected(member, state.client, host_of(str(state.coordinator_address)), place.timeout)
-    member.link.agree(facts_of_start(config))
-    member.link.agree(facts_of_devices())
+    try:
+        member.link.agree(facts_of_start(config))
+        member.link.agree(facts_of_devices())
+    except BaseException as error:  # what was said is still on its way: the others want to compare it too
+        member.link.fail(f"{type(error).__name__}: {error}")
+        raise
     log.info(
         "rank %d of %d: %d devices here, %d in all", member.rank, member.size, len(jax.local_devices()), len(jax.devices())
     )
