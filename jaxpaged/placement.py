@@ -28,6 +28,7 @@ class Placement:
         self.devices = tuple(devices)
         self.mesh = Mesh(np.array(self.devices), (NAME,))
         self.own = tuple(d for d in self.devices if d.process_index == jax.process_index())
+        self._shardings: dict[int | None, jax.sharding.Sharding] = {}  # JAX is quick with those that it has seen before
         self._whole = self.sharding(None)
 
     def spec(self, axis: int | None) -> PartitionSpec:
@@ -35,9 +36,11 @@ class Placement:
         return WHOLE if axis is None or len(self.devices) == 1 else PartitionSpec(*[None] * axis, NAME)
 
     def sharding(self, axis: int | None) -> jax.sharding.Sharding:
-        if len(self.devices) == 1:
-            return SingleDeviceSharding(self.devices[0])
-        return NamedSharding(self.mesh, self.spec(axis))
+        if axis not in self._shardings:
+            one = len(self.devices) == 1
+            made = SingleDeviceSharding(self.devices[0]) if one else NamedSharding(self.mesh, self.spec(axis))
+            self._shardings[axis] = made
+        return self._shardings[axis]
 
     # -- arrays ----------------------------------------------------------------------------------------------------------
 

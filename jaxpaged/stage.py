@@ -160,7 +160,8 @@ class Stage:
 
     def input_sharding(self, num_tokens: int) -> Any:
         """Of what a forward program takes from the stage before it, or of the last tokens."""
-        return (self.last_token if self.model.first else self.stream(num_tokens)).sharding
+        cut = not self.model.first and self.model.axis_for(num_tokens).sequence
+        return self.place.sharding(1 if cut else None)
 
     def lower_forward(self, bucket: Bucket, adapted: bool) -> Any:
         model, d = self.model, self.dims
