@@ -134,6 +134,9 @@ class EngineConfig:
         self._check_not_yet()
 
     def _check_not_yet(self) -> None:
+        if self.all2all_backend != ALL_TO_ALL[0] and not self.enable_expert_parallel:
+            raise RequestError(f"all2all_backend={self.all2all_backend!r} is about experts on devices of their own; add "
+                               "enable_expert_parallel=True, or leave it out.", "all2all_backend")  # fmt: skip
         if self.trust_remote_code:
             raise RequestError("trust_remote_code=True is refused: no code of a checkpoint is ever run.")
         if not self.enable_chunked_prefill:

@@ -54,6 +54,7 @@ def test_allowed_words_are_listed():
     [
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be a positive integer, got 0"),
         ({"pipeline_parallel_size": "auto"}, "pipeline_parallel_size must be a positive integer, got 'auto'"),
+        ({"all2all_backend": "ragged_all_to_all"}, "add enable_expert_parallel=True"),
         ({"trust_remote_code": True}, "no code of a checkpoint is ever run"),
         ({"enable_chunked_prefill": False}, "raise max_num_batched_tokens"),
     ],
