@@ -1,6 +1,7 @@
 """A model that several devices share is the same model: every family, read part by part, against one device."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -67,11 +68,14 @@ def test_every_family_is_the_same_on_two_devices(tmp_path, row):
 
 EXPERTS = ("llama4_text", "mixtral", "qwen3_moe", "deepseek_v3", "phimoe", "granitemoeshared", "qwen2_moe", "ernie4_5_moe")
 EXPERT_CASES = [pytest.param(FAMILIES[name], id=name, marks=() if name in QUICK else pytest.mark.slow) for name in EXPERTS]
+EVEN = {"llama4_text": 4, "mixtral": 6}  # experts, where the family's own row has a number that two devices cannot share
 
 
 @pytest.mark.parametrize("row", EXPERT_CASES)
 def test_experts_on_devices_of_their_own(tmp_path, row):
     """Shares of sums; or between layers each device has some of the tokens; or it sends them to their experts."""
+    if row.model_type() in EVEN:
+        row = replace(row, changes=row.changes | {"num_local_experts": EVEN[row.model_type()]})
     make(tmp_path, row, row.heads[0] if row.heads else None, row.ties[0])
     tokens = prompts(1, TOKENS)
     expected = forward(tmp_path, tokens)
