@@ -90,7 +90,7 @@ def build_engine(config: EngineConfig, model: dict[str, Any] | None = None, para
     decoder's paths), instead of the checkpoint's. devices: to use the first of; None: all that JAX has. least: where several
     processes build one engine, the least of what they all say.
     """
-    stages, devices = Stages(), devices or jax.devices()
+    stages, devices = Stages(), devices or memory.devices(config.gpu_memory_utilization)
     _use_compilation_cache(config.compilation_cache_dir)
     only_config = config.load_format == "dummy" or params is not None
     path = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxpaged import memory
 from jaxpaged.build import Built, build_engine
 from jaxpaged.config import EngineConfig
 from jaxpaged.request import RequestError
@@ -22,7 +23,7 @@ def build_replicas(config: EngineConfig, model: dict[str, Any] | None = None, pa
     if one cannot be built."""
     if config.data_parallel_size == 1:
         return [build_engine(config, model, params, progress, devices)]
-    slices = _slices(config, list(devices or jax.devices()))
+    slices = _slices(config, list(devices or memory.devices(config.gpu_memory_utilization)))
     built = [build_engine(config, model, params, progress, slices[0])]
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="jaxpaged-build") as pool:
         coming = [pool.submit(build_engine, config, model, params, False, one) for one in slices[1:]]

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax._src import clusters, distributed  # its key-value store and what it detects have no other door
 
-from jaxpaged import journal
+from jaxpaged import journal, memory
 from jaxpaged.build import Built, build_engine
 from jaxpaged.config import EngineConfig
 from jaxpaged.follower import Follower, connect
@@ -73,6 +73,7 @@ class Member:
 def join(place: Place, config: EngineConfig) -> Member:
     """Waits for the other processes. ClusterError if they do not come, RequestError if they are not alike."""
     _initialize(place)
+    memory.devices(config.gpu_memory_utilization)
     state = distributed.global_state
     member = Member(state.process_id, state.num_processes)
     connected = _lead if member.rank == 0 else _follow

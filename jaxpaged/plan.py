@@ -18,7 +18,7 @@ from jaxpaged.devices import Device
 from jaxpaged.memory import MemoryPlan
 from jaxpaged.plan_advice import Advice, advice
 from jaxpaged.plan_compile import Compiled
-from jaxpaged.plan_model import POOL, Setting, Source, fit, setting
+from jaxpaged.plan_model import Setting, Source, fit, setting
 from jaxpaged.plan_times import Speed, Step, room, speeds, typical_steps
 from jaxpaged.request import RequestError
 
@@ -44,7 +44,7 @@ class Plan:
     @property
     def command(self) -> str:
         """What to start on the devices."""
-        return f"XLA_PYTHON_CLIENT_MEM_FRACTION={POOL} jaxpaged serve {serve_flags(self.setting)}"
+        return f"jaxpaged serve {serve_flags(self.setting)}"
 
 
 def make(source: Source, config: EngineConfig, device: Device, batches: Sequence[int | None] = BATCHES,

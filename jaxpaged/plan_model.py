@@ -27,8 +27,6 @@ from jaxpaged.parallel import Parallel
 from jaxpaged.request import RequestError
 from jaxpaged.state import Limits
 
-POOL = 0.95  # of a device's memory that JAX is given: XLA_PYTHON_CLIENT_MEM_FRACTION, without which it takes three quarters
-
 
 @dataclass(frozen=True)
 class Source:
@@ -91,7 +89,7 @@ class Setting:
 
     @property
     def memory_limit(self) -> int:
-        return int(self.device.memory * POOL * self.config.gpu_memory_utilization)
+        return int(self.device.memory * memory.FILLED * self.config.gpu_memory_utilization)
 
     @property
     def expected_temporaries(self) -> int:

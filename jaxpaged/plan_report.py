@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxpaged import devices_compiler
+from jaxpaged.memory import FILLED
 from jaxpaged.plan import Plan
-from jaxpaged.plan_model import POOL
 from jaxpaged.plan_times import Speed, Step, least_itl
 
 NOT_CHECKED = ("Times are a roofline's and have not been checked on a GPU: expect less. Of each device is counted on: "
@@ -49,7 +49,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"  KV cache      {_gib(cache)}   {memory.num_pages:,} pages of {s.config.block_size} tokens, " \
               f"{memory.page_bytes / 2**10:,.0f} KiB each"  # fmt: skip
     reserve = s.device.memory - weights - temporaries - cache
-    kept = f"{1 - POOL:.0%} outside JAX, and what gpu_memory_utilization={s.config.gpu_memory_utilization} leaves"
+    kept = f"what gpu_memory_utilization={s.config.gpu_memory_utilization} leaves, and {1 - FILLED:.0%} of what it gives"
     yield f"  reserve       {_gib(reserve)}   ({kept})" if reserve > 0 else f"  too much by   {_gib(-reserve)}"
     yield f"  the device's  {_gib(s.device.memory)}"
     if memory is not None:

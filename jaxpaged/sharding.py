@@ -194,6 +194,9 @@ TABLE: dict[str, tuple[str, Callable[[LayerSpec], Parts]]] = {  # module of a la
 
 def check(config: DecoderConfig, size: int, experts: bool = False) -> None:
     """RequestError, with the sizes that would work, if a model cannot be shared by so many devices."""
+    if experts and not any(isinstance(spec.mlp, MoESpec) for spec in config.layers):
+        raise RequestError("enable_expert_parallel is for models with experts, and this one has none; leave it out.",
+                           "enable_expert_parallel")  # fmt: skip
     problems = list(dict.fromkeys(_problems(config, size, experts)))
     if not problems:
         return

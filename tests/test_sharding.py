@@ -143,6 +143,11 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do(size, experts, 
         check(LLAMA, size, experts)
 
 
+def test_experts_are_for_models_that_have_some():
+    with pytest.raises(RequestError, match="enable_expert_parallel is for models with experts"):
+        check(replace(LLAMA, layers=LLAMA.layers[:1]), 1, experts=True)
+
+
 def test_stages():
     assert stages(7, 3) == [range(0, 3), range(3, 5), range(5, 7)]
     with pytest.raises(RequestError, match="has 7 layers; use 7 or less"):
