@@ -144,9 +144,9 @@ class Stream(Generic[Output]):
 class AsyncEngine:
     """An `Engine` and the thread it steps in.
 
-    max_num_queued_reqs: requests that may wait for a slot; more are refused with status 503. None: no limit.
+    max_num_queued_reqs: sequences that may wait for a slot; requests are refused from then on, with 503. None: no limit.
     on_death: called in the loop's thread when the engine's thread has ended with an exception.
-    num_queued: requests that wait for a slot; None: the engine's.
+    num_queued: sequences that wait for a slot; None: the engine's.
     """
 
     def __init__(self, engine: Engine, observers: Sequence[Observer] = (), max_num_queued_reqs: int | None = None,
@@ -257,6 +257,9 @@ class AsyncEngine:
 
     def end(self, error: BaseException) -> None:
         """From any thread: nothing can be served any more, though a step may hang. As if the engine's thread had ended so."""
+        if self._thread is None:  # nobody has asked for anything yet
+            self.error = self.error or error
+            return
         self._in_loop(self._die, error)
 
     async def close(self) -> None:
@@ -279,7 +282,7 @@ class AsyncEngine:
             self._reject("draining", "the server is shutting down and takes no more requests; send it to another one.")
         limit = self.max_num_queued_reqs
         if limit is not None and (waiting := self._num_queued()) >= limit:
-            self._reject("queue", f"{waiting} requests are waiting already and max_num_queued_reqs is {limit}; "
+            self._reject("queue", f"{waiting} sequences are waiting already and max_num_queued_reqs is {limit}; "
                          "try again later.")  # fmt: skip
 
     def _reject(self, reason: str, message: str) -> None:
@@ -316,7 +319,7 @@ class AsyncEngine:
             stream.fail(error)
         self.streams.clear()
         while self._calls:
-            self._calls.popleft()[1].cancel()
+            _resolve(self._calls.popleft()[1], None, EngineDeadError(f"the engine has stopped: {error!r}"))
         if self._idle is not None:
             self._idle.set()
 

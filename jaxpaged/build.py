@@ -215,6 +215,7 @@ def _runner(config: EngineConfig, parallel: Parallel, loaded: Loaded, auto_lengt
             runner.allocate()
             return runner, replace(plan, temporaries=known), config
         temporaries = known
+        del runner  # what it holds (tables of adapters) makes room for the next one's
 
 
 def make_parallel(config: EngineConfig, decoder_config: DecoderConfig, devices: Sequence[jax.Device]) -> Parallel:

@@ -25,6 +25,7 @@ def build_replicas(config: EngineConfig, model: dict[str, Any] | None = None, pa
         return [build_engine(config, model, params, progress, devices)]
     slices = _slices(config, list(devices or memory.devices(config.gpu_memory_utilization)))
     built = [build_engine(config, model, params, progress, slices[0])]
+    config = config.replace(max_model_len=built[0].config.max_model_len)  # "auto" is what the first one has room for
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="jaxpaged-build") as pool:
         coming = [pool.submit(build_engine, config, model, params, False, one) for one in slices[1:]]
     failed = next((one.exception() for one in coming if one.exception() is not None), None)

@@ -31,7 +31,8 @@ MAX_UNSENT = 256  # frames: who is so many steps behind does not follow any more
 BEAT = 1.0  # seconds of silence after which one says that one lives
 SILENCE = 5.0  # seconds after which the other one is lost, while serving
 PATIENCE = 60.0  # likewise while models are loaded and compiled: that may keep a process from answering
-HANDSHAKE = 10.0  # seconds
+HANDSHAKE = 10.0  # seconds that a follower waits for its turn
+ADMISSION = 2.0  # seconds that the leader gives to each who comes: others wait
 _LENGTH = struct.Struct("<Q")
 _RANK = struct.Struct("<I")
 
@@ -42,10 +43,11 @@ class HandshakeError(ConnectionError):
 
 class Channel:
     """name: of the other side, for messages. All that it says but beats goes to `inbox`; None is its end, of which `lost` says
-    why. on_lost: called once, in a thread of the channel, when that end was not wished."""
+    why. on_lost: called once, in a thread of the channel, when that end was not wished. stays: when the other side says that it
+    ends, this one does not hang up: that tells the other one that this process has ended."""
 
-    def __init__(self, sock: socket.socket, name: str, on_lost: Callable[[str], None] = lambda why: None):
-        self.name, self.on_lost, self.silence = name, on_lost, PATIENCE
+    def __init__(self, sock: socket.socket, name: str, on_lost: Callable[[str], None] = lambda why: None, stays: bool = False):
+        self.name, self.on_lost, self.silence, self._stays = name, on_lost, PATIENCE, stays
         self.inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.lost: str | None = None
         self.num_sent = self.num_frames = 0  # bytes, frames
@@ -139,7 +141,7 @@ class Channel:
                     raise WireError(f"a message of {length} bytes")
                 message = wire.decode(self._exactly(length))
                 if isinstance(message, wire.Trouble):
-                    raise ConnectionError(f"{self.name} ends: {message.why}")
+                    return self._end(f"{self.name} ends: {message.why}", hang_up=not self._stays)
                 if not isinstance(message, wire.Beat):
                     self.inbox.put(message)
         except WireError as error:
@@ -151,24 +153,26 @@ class Channel:
 
     def _exactly(self, size: int) -> bytearray:
         """So many bytes: memory is taken for those that come, not for those that are announced."""
-        data, since = bytearray(), time.monotonic()
+        data, since, poll = bytearray(), time.monotonic(), select.poll()
+        poll.register(self._sock, select.POLLIN)
         while len(data) < size:
-            ready, _, _ = select.select([self._sock], [], [], 0.25)
-            if ready:
+            asked = time.monotonic()  # before looking: if it is this process that was held up, the other one has spoken by now
+            if poll.poll(250):
                 part, since = self._sock.recv(min(size - len(data), 1 << 20)), time.monotonic()
                 if not part:
                     raise ConnectionResetError
                 data += part
-            elif time.monotonic() - since > self.silence:
+            elif asked - since > self.silence:
                 raise TimeoutError(f"{self.name} has been silent for {self.silence:g} s")
         return data
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, hang_up: bool = True) -> None:
         with self._ending:
             first, self.lost = self.lost is None, self.lost or why
         if not first:
             return
-        self._shut()
+        if hang_up:
+            self._shut()
         self.inbox.put(None)
         self._ended.set()
         if not self._closing:
@@ -187,10 +191,10 @@ class Channel:
 
 def admit(sock: socket.socket, key: bytes) -> int:
     """The leader's side of a handshake: the rank of who has the key. HandshakeError for anybody else."""
-    sock.settimeout(HANDSHAKE)
-    mine = os.urandom(NONCE)
+    deadline, mine = time.monotonic() + ADMISSION, os.urandom(NONCE)
+    sock.settimeout(ADMISSION)
     sock.sendall(MAGIC + mine)
-    said = _fixed(sock, len(MAGIC) + NONCE + _RANK.size + DIGEST)
+    said = _fixed(sock, len(MAGIC) + NONCE + _RANK.size + DIGEST, deadline)
     magic, theirs, rank = said[: len(MAGIC)], said[len(MAGIC) : len(MAGIC) + NONCE], said[-DIGEST - _RANK.size : -DIGEST]
     if magic != MAGIC or not hmac.compare_digest(said[-DIGEST:], _proof(key, b"follower", mine, theirs, rank)):
         raise HandshakeError("it does not have this engine's key")
@@ -201,12 +205,13 @@ def admit(sock: socket.socket, key: bytes) -> int:
 def introduce(sock: socket.socket, key: bytes, rank: int) -> None:
     """The follower's side. HandshakeError if the other one does not have the key."""
     sock.settimeout(HANDSHAKE)
-    hello, own = _fixed(sock, len(MAGIC) + NONCE), os.urandom(NONCE)
+    deadline = time.monotonic() + HANDSHAKE
+    hello, own = _fixed(sock, len(MAGIC) + NONCE, deadline), os.urandom(NONCE)
     if hello[: len(MAGIC)] != MAGIC:
         raise HandshakeError("it is not an engine's leader")
     theirs, packed = hello[len(MAGIC) :], _RANK.pack(rank)
     sock.sendall(MAGIC + own + packed + _proof(key, b"follower", theirs, own, packed))
-    if not hmac.compare_digest(_fixed(sock, DIGEST), _proof(key, b"leader", own, theirs, packed)):
+    if not hmac.compare_digest(_fixed(sock, DIGEST, deadline), _proof(key, b"leader", own, theirs, packed)):
         raise HandshakeError("it does not have this engine's key")
 
 
@@ -214,9 +219,11 @@ def _proof(key: bytes, who: bytes, *said: bytes) -> bytes:
     return hmac.new(key, b"\0".join((who, *said)), hashlib.sha256).digest()
 
 
-def _fixed(sock: socket.socket, size: int) -> bytes:
+def _fixed(sock: socket.socket, size: int, deadline: float) -> bytes:
+    """TimeoutError after the deadline, also if a byte comes now and then."""
     data = b""
     while len(data) < size:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
         part = sock.recv(size - len(data))
         if not part:
             raise HandshakeError("it hung up, as one does who is not let in: the keys differ (JAXPAGED_CLUSTER_KEY)")

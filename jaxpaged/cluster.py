@@ -7,15 +7,17 @@ lost ends all: `end_soon` is how, whatever hangs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from typing import Any
@@ -93,6 +95,7 @@ def join(place: Place, config: EngineConfig) -> Member:
 def _initialize(place: Place) -> None:
     """Before any device is used."""
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is the server's
+    jax.config.update("jax_enable_recoverability", True)  # else a process that only knocks, with a rank that is here, ends all
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # gloo wants its messages in the order of the programs
     given = None not in (place.size, place.rank, place.coordinator)
@@ -102,8 +105,36 @@ def _initialize(place: Place) -> None:
         coordinator, size, rank, _ = detect(coordinator, size, rank, None, None, place.timeout)
     elif not given:
         method = None
-    jax.distributed.initialize(coordinator, size, rank, cluster_detection_method=method,
-                               initialization_timeout=place.timeout)  # fmt: skip
+    if rank == 0 and coordinator is not None:
+        _check_port(coordinator)
+    log.info("rank %s of %s: waiting for the others, at most %d s (rank 0 at %s)", rank, size, place.timeout, coordinator)
+    with _interruptible():
+        jax.distributed.initialize(coordinator, size, rank, cluster_detection_method=method,
+                                   initialization_timeout=place.timeout)  # fmt: skip
+
+
+def _check_port(coordinator: str) -> None:
+    """RequestError if somebody listens there: JAX would end the process, or share the port with another engine."""
+    port = int(coordinator.rpartition(":")[2])
+    dual = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise RequestError(f"coordinator={coordinator}: rank 0 cannot listen on port {port}: {error.strerror or error}; "
+                           "use another port, the same on all.", "coordinator") from None  # fmt: skip
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process: Python's own way waits for what JAX waits for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _lead(member: Member, store: Any, host: str, timeout: int) -> Leader:

@@ -100,6 +100,7 @@ class Engine:
         self.eos_ids, self.max_logprobs = eos_ids, max_logprobs
         self.async_scheduling, self.seed = async_scheduling, seed
         self.state = scheduler.initial(limits)
+        self._closed = False
         self.journal: Journal | None = None  # is told of whatever changes the state
         self.counters = Counters()
         self._buckets = tuple(buckets)
@@ -127,6 +128,8 @@ class Engine:
     ) -> None:
         """Checks a request and puts it into the inbox: to be completed, or with PoolingParams to be embedded. adapter: a LoRA
         adapter to compute it with. RequestError, and nothing is kept, if it can never be served."""
+        if self._closed:
+            raise RequestError("this engine has been closed; build another one.")
         if request_id in self._reserved:
             raise RequestError(f"request id {request_id!r} is in use; ids must be unique among live requests.", "id")
         more = {"priority": priority, "cache_salt": cache_salt, "prompt_text": prompt_text}
@@ -160,8 +163,8 @@ class Engine:
 
     @property
     def num_queued(self) -> int:
-        """Requests beyond those that have a slot to run in. May be read from any thread."""
-        return max(0, self._num_queued + len(self._inbox))
+        """Sequences beyond those that have a slot to run in. May be read from any thread."""
+        return max(0, self._num_queued + sum(what == "add" for what, _ in self._inbox.copy()))
 
     @property
     def only_reports(self) -> bool:
@@ -379,6 +382,7 @@ class Engine:
             self._touched[group.request.id] = group
 
     def close(self) -> None:
-        """Ends everything and frees the device memory."""
+        """Ends everything and frees the device memory; there are no more requests."""
+        self._closed = True
         self._in_flight.clear()
         self.runner.close()

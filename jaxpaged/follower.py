@@ -34,7 +34,7 @@ class Follower:
         except BaseException:
             sock.close()
             raise
-        self.channel = Channel(sock, "rank 0", on_lost)
+        self.channel = Channel(sock, "rank 0", on_lost, stays=True)
         self.channel.start()
 
     def agree(self, facts: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ from jaxpaged.models.standard import Name
 from jaxpaged.orbax_checkpoint import OrbaxCheckpoint
 from jaxpaged.parallel import Parallel
 from jaxpaged.request import RequestError
-from jaxpaged.stage import abstract_decoder
+from jaxpaged.stage import abstract_decoder, local_decoder
 
 
 class Loaded(NamedTuple):
@@ -61,6 +61,7 @@ def load(config: EngineConfig, family: Any, parallel: Parallel, scheme: quantiza
     decoder_config = parallel.sharding.config
     if params is None and checkpoint is not None and config.load_format != "dummy":
         p = prepare(config, family, decoder_config, scheme, checkpoint, parallel.local)
+        _check_cut(config, parallel, p.forms)
         return Loaded(weights.load(p.checkpoint, p.leaves, p.names, parallel, progress, p.ignored, p.on_the_fly), p.forms)
     form = scheme.form if scheme else quantization.ON_THE_FLY.get(config.quantization or "")
     if params is not None:
@@ -76,6 +77,7 @@ def _from_memory(config: EngineConfig, parallel: Parallel, form: Form | None, pa
     """A tree of floats, to be quantised in `form` if there is one; or one with quantised products."""
     if forms := weights.forms_of(params):
         _check_quantised(config, forms, "the tree")
+        _check_cut(config, parallel, forms)
         _, _, leaves = abstract_decoder(parallel.sharding.config, config.dtype, forms)
         return Loaded(weights.from_tree(params, leaves, parallel), forms)
     forms = _everywhere(parallel.local, form)
@@ -143,6 +145,12 @@ def _check_quantised(config: EngineConfig, forms: Forms, what: str, name: str | 
     if config.quantization is not None and config.quantization not in kinds:
         raise RequestError(f"quantization={config.quantization!r}, but {what} is quantised already "
                            f"({', '.join(sorted(kinds))}); leave it out, or convert the original.", "quantization")  # fmt: skip
+
+
+def _check_cut(config: EngineConfig, parallel: Parallel, forms: Forms) -> None:
+    """RequestError, before anything is read, if devices would share a group of quantised numbers."""
+    if forms and parallel.sharding.size > 1:
+        local_decoder(parallel, config.dtype, forms)
 
 
 def _everywhere(decoder_config: DecoderConfig, form: Form | None) -> Forms:

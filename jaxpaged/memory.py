@@ -83,10 +83,11 @@ def plan(
             _check_rest(limit, weights, temporaries, page_bytes)
         fits = limits.tokens_in(max(0, pages - 1))
         needed = (per_sequence + 1) * page_bytes
+        more = (f"num_gpu_blocks_override={per_sequence + 1}" if config.num_gpu_blocks_override else
+                f"kv_cache_memory_bytes={needed}")  # fmt: skip
         raise RequestError(
             f"the KV cache has room for {fits:,} tokens, one sequence of max_model_len={config.max_model_len:,} needs "
-            f"{needed:,} bytes of cache; set max_model_len to at most {fits:,}, or kv_cache_memory_bytes={needed} "
-            "or more.", "max_model_len",
+            f"{needed:,} bytes of cache; set max_model_len to at most {fits:,}, or {more} or more.", "max_model_len",
         )  # fmt: skip
     return MemoryPlan(limit, weights, temporaries, page_bytes, pages, per_sequence)
 
@@ -118,4 +119,5 @@ def _budget(config: EngineConfig, limit: int | None, weights: int, temporaries: 
         return config.kv_cache_memory_bytes
     if limit is not None:
         return max(0, limit - weights - temporaries)
-    return min(CPU_CACHE_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+    host = min(CPU_CACHE_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+    return host // (config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size)

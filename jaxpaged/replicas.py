@@ -18,7 +18,7 @@ from typing import Any
 from jaxpaged.adapter import Adapter
 from jaxpaged.async_engine import AsyncEngine, EngineDeadError, StepReport, Stream
 from jaxpaged.engine import Engine
-from jaxpaged.request import PoolingParams, RequestError, SamplingParams
+from jaxpaged.request import EngineOutput, PoolingParams, RequestError, RequestOutput, SamplingParams
 from jaxpaged.router import Router
 
 
@@ -126,4 +126,11 @@ class _Follower:
         self._router.computed(self._engine, sum(step.num_tokens for step in report.steps))
         for output in report.outputs:
             if output.finished:
-                self._router.ended(output.request_id)
+                self._router.ended(output.request_id, _computed(output))
+
+
+def _computed(output: EngineOutput) -> bool:
+    """Whether the request's prompt has been."""
+    if isinstance(output, RequestOutput):
+        return output.metrics.first_token_time is not None
+    return output.outputs is not None

@@ -75,7 +75,8 @@ def _check(ok: bool, param: str, rule: str, given: Any) -> None:
 
 
 def _is_int(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    """Of 64 bits, with a sign or without: JSON knows no bound, arrays and messages do."""
+    return isinstance(x, int) and not isinstance(x, bool) and -(2**63) <= x < 2**64
 
 
 def _is_finite(x: Any) -> bool:
@@ -174,17 +175,18 @@ class SamplingParams:
         value = self.repetition_penalty
         ok_penalty = _is_finite(value) and MIN_FLOAT32 <= value <= MAX_FLOAT32
         _check(ok_penalty, "repetition_penalty", "a number > 0 that float32 can hold", value)
+        self._set("repetition_penalty", float(value))  # it may be an int of a hundred bits
         _check(
             _is_finite(self.temperature) and 0 <= self.temperature <= 2, "temperature", "a number in [0, 2]", self.temperature
         )
         _check(_is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
-        _check(_is_int(self.top_k) and self.top_k >= 0, "top_k", "0 or -1 (off), or a positive integer", self.top_k)
+        _check(_is_int(self.top_k) and self.top_k >= 0, "top_k", "0 or -1 (off), or a positive integer of 64 bits", self.top_k)
         _check(_is_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p)
         ok_seed = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64)
         _check(ok_seed, "seed", "None or a 64-bit integer", self.seed)
         ok_max = self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1)
-        _check(ok_max, "max_tokens", "None or an integer >= 1", self.max_tokens)
-        _check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer >= 0", self.min_tokens)
+        _check(ok_max, "max_tokens", "None or an integer >= 1 (of 64 bits)", self.max_tokens)
+        _check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer >= 0 (of 64 bits)", self.min_tokens)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens ({self.min_tokens}) must not be larger than max_tokens ({self.max_tokens}).", "min_tokens"

@@ -96,14 +96,16 @@ class Router:
         one = self._engines[engine]
         one.backlog = max(0, one.backlog - num_tokens)
 
-    def ended(self, request_id: str) -> None:
-        """The request has ended, however that was. Unknown ids are ignored."""
+    def ended(self, request_id: str, computed: bool = True) -> None:
+        """The request has ended, however that was. computed: its prompt has been. Unknown ids are ignored."""
         route = self._routes.pop(request_id, None)
         if route is None:
             return
         engine = self._engines[route.engine]
         engine.output -= route.output
         engine.num_live -= route.sequences
+        if not computed:
+            engine.backlog = max(0, engine.backlog - route.missing)
         if not engine.num_live:
             engine.backlog = 0
 

@@ -217,9 +217,11 @@ def _shares(state: State) -> tuple[np.ndarray, np.ndarray, int]:
     ready &= ~s.lagging | (s.num_known == s.num_tokens)
     (slots,) = ready.nonzero()
     slots = slots[np.lexsort((s.arrival[slots], s.priority[slots]))]
-    if limits.pipeline > 1:  # what else is ready is left for the steps that follow: each stage has some of it at a time
-        slots = slots[: -(-np.count_nonzero(s.active) // limits.pipeline)]
     counts = s.num_tokens[slots] - s.num_computed[slots]
+    if limits.pipeline > 1:  # the other decodes are left for the steps that follow: each stage has some of them at a time
+        decodes = counts == 1  # chunks of a prompt are ready in every step: they come on top, or decodes would wait for good
+        now = ~decodes | (np.cumsum(decodes) <= -(-np.count_nonzero(s.active) // limits.pipeline))
+        slots, counts = slots[now], counts[now]
     if limits.long_prefill_token_threshold:
         counts = np.minimum(counts, limits.long_prefill_token_threshold)
     left = limits.max_num_batched_tokens - int(counts.sum())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
+from typing import Any
 
 from jaxpaged import cluster
 from jaxpaged.cluster import ClusterError, Member
@@ -57,9 +59,16 @@ def _follow(config: EngineConfig, options: ServerOptions, member: Member) -> int
     assert isinstance(follower, Follower)
     built = member.build(config, False)
     log.info("rank %d follows", member.rank)
+    signal.signal(signal.SIGINT, _interrupted)
     follower.run(built.engine.limits, built.runner.buckets, built.runner)
     log.info("rank %d ends: rank 0 has stopped", member.rank)
     return 0
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    """Ctrl-C in a terminal that rank 0 shares: that one drains, and this one with it."""
+    signal.signal(number, signal.default_int_handler)
+    log.warning("this rank ends with rank 0; Ctrl-C once more ends all at once, with an error")
 
 
 def _failed(error: BaseException, member: Member | None) -> int:

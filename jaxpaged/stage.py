@@ -42,6 +42,17 @@ def abstract_decoder(
     return graph, treedef, {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in zip(paths, leaves)}
 
 
+def local_decoder(parallel: Parallel, dtype: Any, forms: Forms, adapters: Slots = NO_ADAPTERS
+                  ) -> tuple[nnx.GraphDef, Any, dict[str, jax.ShapeDtypeStruct]]:  # fmt: skip
+    """`abstract_decoder` of what each device runs. RequestError if that cuts a group of quantised numbers."""
+    try:
+        return abstract_decoder(parallel.local, dtype, forms, adapters)
+    except ValueError as error:
+        size = parallel.sharding.size
+        raise RequestError(f"tensor_parallel_size={size} does not divide the quantised weights: {error} Use a smaller size, or "
+                           "enable_expert_parallel for experts.", "tensor_parallel_size") from error  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Blueprint:
     """All that the programs of a model depend on.
@@ -60,13 +71,7 @@ class Blueprint:
 
     @cached_property
     def abstract(self) -> tuple[nnx.GraphDef, Any, dict[str, jax.ShapeDtypeStruct]]:
-        """`abstract_decoder` of what each device runs."""
-        try:
-            return abstract_decoder(self.parallel.local, self.dtype, self.forms, self.dims.adapters)
-        except ValueError as error:
-            size = self.parallel.sharding.size
-            raise RequestError(f"tensor_parallel_size={size} does not divide the quantised weights: {error} Use a smaller "
-                               "size, or enable_expert_parallel for experts.", "tensor_parallel_size") from error  # fmt: skip
+        return local_decoder(self.parallel, self.dtype, self.forms, self.dims.adapters)
 
     @cached_property
     def leaves(self) -> list[dict[str, jax.ShapeDtypeStruct]]:

@@ -24,6 +24,7 @@ from jaxpaged.request import RequestError
 
 __all__ = ["Delta", "Detokenizer", "Tokenizer", "load_tokenizer"]
 
+LONG_TEXT = 4096  # characters: a text that may take so long that others should not wait for it
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Control tokens that end an answer, whichever of them a GGUF file calls its EOS (llama.cpp has such a list too).
 END_NAMES = frozenset(
@@ -82,6 +83,8 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError(f"The text to tokenise must be a string, got {type(text).__name__}.", "prompt")
         try:
+            if len(text) > LONG_TEXT:  # of a single text the library holds the interpreter until it is done
+                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:  # a str, but not one that has UTF-8
             at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)

@@ -370,7 +370,8 @@ def forms_of(tree: Any) -> Forms:
         form = kinds.get((np.dtype(weight.dtype), _is_float(scales.dtype)))
         if form is not None:
             n_in, groups = weight.shape[-1] * form.per_byte, scales.shape[-1]
-            forms[product] = Form(form.kind, n_in // groups if groups > 1 else None, f"{product}.zeros" in given)
+            grouped = groups > 1 or form.per_byte > 1  # numbers that share a byte are of one group: it must not be cut
+            forms[product] = Form(form.kind, n_in // groups if grouped else None, f"{product}.zeros" in given)
     return forms
 
 

@@ -19,7 +19,7 @@ from jaxpaged.async_engine import Stream
 from jaxpaged.loras import Loras
 from jaxpaged.replicas import FrontDoor, front_door
 from jaxpaged.request import RequestError, SamplingParams
-from jaxpaged.tokenizer import Tokenizer
+from jaxpaged.tokenizer import LONG_TEXT, Tokenizer
 from jaxpaged.watchdog import Watchdog
 from jaxpaged_server.engine_metrics import EngineMetrics
 from jaxpaged_server.fields import Decoder
@@ -32,7 +32,6 @@ from jaxpaged_server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
-LONG_TEXT = 4096  # characters; longer texts are tokenised in a thread, so that they hold up nobody
 CACHE_CONFIG = ("block_size", "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override",
                 "enable_prefix_caching", "dtype")  # fmt: skip  # fields of EngineConfig that cache_config_info shows
 MAX_TOKEN_BYTES = 1024  # no tokenizer has longer tokens: a text of more bytes than that a token cannot fit

@@ -335,7 +335,9 @@ def test_params_in_memory_equal_the_checkpoint(llm):
 
 
 def test_cache_too_small_for_one_sequence_names_what_fits():
-    with pytest.raises(RequestError, match=r"room for 28 tokens.*max_model_len to at most 28, or kv_cache_memory_bytes="):
+    with pytest.raises(
+        RequestError, match=r"room for 28 tokens.*max_model_len to at most 28, or num_gpu_blocks_override=9 or more"
+    ):
         LLM(CONFIG, **ENGINE, num_gpu_blocks_override=8, max_model_len=29)
 
 

@@ -150,7 +150,7 @@ def test_the_queue_s_limit_is_for_all_together():
             wait_until(lambda: sum(engine.num_queued for engine in engines(live)) == 1, "one waits")
             with http_of(live) as other:
                 refused = complete(other, "four")
-                assert refused.status_code == 503 and "1 requests are waiting already" in refused.json()["error"]["message"]
+                assert refused.status_code == 503 and "1 sequences are waiting already" in refused.json()["error"]["message"]
                 assert sum(metric(other, "admission_rejections_total").values()) == 1
         live.service.abort(None)
         rest.join()

@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from tiny_hf import errors, forward, make, opened, prompts
 
-from jaxpaged import home, weights
+from jaxpaged import home, loading, weights
 from jaxpaged.axis import Axis
-from jaxpaged.models.decoder import WholeSequence, head_leaves, head_logits
+from jaxpaged.config import EngineConfig
+from jaxpaged.models.decoder import Decoder, WholeSequence, head_leaves, head_logits
+from jaxpaged.models.quantized import QuantizedLinear, all_products, quantize
 from jaxpaged.models.spec import AttentionSpec, DecoderConfig, LayerSpec, MLPSpec, MoESpec
 from jaxpaged.parallel import Parallel
 from jaxpaged.placement import WHOLE, specs_of
+from jaxpaged.quantization import ON_THE_FLY
 from jaxpaged.request import RequestError
 from jaxpaged.sharding import Cut, Sharding, check, stages
 from jaxpaged.stage import abstract_decoder
@@ -172,3 +175,38 @@ def test_a_host_holds_a_part_of_a_leaf_at_a_time(tmp_path, monkeypatch):
     arrays = weights.load(checkpoint, whole, names, parallel, progress=False, ignore=ignored)
     assert max(held) == max(math.prod(leaf.shape) for leaf in local.values()) < max(a.size for a in arrays.values()) / 3
     assert len(held) == sum(4 if leaf.shape != local[path].shape else 1 for path, leaf in whole.items()), "each is read once"
+
+
+# -- small weights -----------------------------------------------------------------------------------------------------------
+
+ODD = DecoderConfig(vocab_size=101, embed_dim=64, max_positions=64, layers=(LayerSpec(AttentionSpec(8, 8, 16), MLPSpec(96)),))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_groups_of_small_weights_are_not_shared(size):
+    """Whoever has some columns has their scales too, however few columns that are (48, 24, 12)."""
+    path, shape = "layers.0.mlp.down", (64, 96)
+    w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    local = Sharding(ODD, size).local
+    form = all_products(nnx.eval_shape(lambda: Decoder(local)), ON_THE_FLY["int4"])[path]
+    whole, parts = quantize(w, form), []
+    for device in range(size):
+        part = QuantizedLinear((64, 96 // size), form, None)
+        for name, array in whole.items():
+            cut = Sharding(ODD, size).cut(f"{path}.{name}", array.shape)
+            ((start, end),) = cut.ranges(device)
+            getattr(part, name)[...] = jnp.asarray(array[:, start:end])
+        parts.append(np.asarray(part.dense(jnp.float32)))
+    assert np.abs(np.concatenate(parts, 1) - w).max() < 8 / 15  # half a step of the widest group is less than a quarter of this
+
+
+def test_a_tree_whose_groups_would_be_cut_is_refused_before_it_is_placed(monkeypatch):
+    _, _, leaves = abstract_decoder(ODD, "float32")
+    forms = {path: replace(form, group=96 if path.endswith("down") else 64)
+             for path, form in all_products(nnx.eval_shape(lambda: Decoder(ODD)), ON_THE_FLY["int4"]).items()}  # fmt: skip
+    _, _, small = abstract_decoder(ODD, "float32", forms)
+    tree = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in small.items()}
+    assert leaves.keys() != small.keys() and weights.forms_of(tree) == forms
+    monkeypatch.setattr(weights, "from_tree", None)
+    with pytest.raises(RequestError, match="tensor_parallel_size=2 does not divide the quantised weights"):
+        loading.load(EngineConfig(dtype="float32"), None, Parallel.over(jax.devices(), ODD, 2), None, None, tree, False)

@@ -150,12 +150,12 @@ def quantize_modules(model: Decoder, forms: Forms) -> Decoder:
 
 def all_products(model: Decoder, form: Form) -> dict[str, Form]:
     """`form` for every product of the layers but the small ones that decide who computes. Where its groups do not fit, smaller
-    ones."""
+    ones; where none does, one group of all inputs (of a device, if `model` is a device's part: groups are not shared)."""
     found = {}
     for path, parent, name in products(model):
         if name not in SMALL:
             n_in = getattr(parent, name).weight.shape[-1]
-            fits = next((g for g in (form.group, 64, 32, 16) if g and n_in % g == 0), None) if form.group else None
+            fits = next((g for g in (form.group, 64, 32, 16) if n_in % g == 0), n_in) if form.group else None
             found[path] = replace(form, group=fits)
     return found
 
