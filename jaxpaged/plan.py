@@ -7,6 +7,8 @@ prediction of a time has been checked on a GPU.
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from jaxpaged.request import RequestError
 
 BATCHES: tuple[int | None, ...] = (1, 8, 32, 128, None)
 PROMPTS = (128, 1024, 8192)
+WORKED_OUT = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Plan:
     @property
     def command(self) -> str:
         """What to start on the devices."""
-        return f"jaxpaged serve {serve_flags(self.setting)}"
+        return shlex.join(["jaxpaged", "serve", *serve_arguments(self.setting)])
 
 
 def make(source: Source, config: EngineConfig, device: Device, batches: Sequence[int | None] = BATCHES,
@@ -60,27 +63,31 @@ def make(source: Source, config: EngineConfig, device: Device, batches: Sequence
     compiled, why = plan_compile.compiled(fitted, memory, all_layers) if compiles else (None, "not asked for (--no-compile)")
     if compiled is not None:
         try:
-            fitted, memory = fit(given, compiled.temporaries)
+            fitted, memory = fit(given, max(given.expected_temporaries, compiled.temporaries))  # as the engine does
         except RequestError as error:
             return Plan(given, None, error.message, advice(given), compiled, "", [], [], time.perf_counter() - start)
     context = min(1024, int(fitted.config.max_model_len or 0) - 1)
-    steps = typical_steps(fitted, max(1, room(fitted, memory, context + 1)), context)
+    steps = typical_steps(fitted, room(fitted, memory, context + 1), context)
     found = speeds(fitted, memory, batches, prompts)
     return Plan(fitted, memory, "", [], compiled, why, steps, found, time.perf_counter() - start)
 
 
-def serve_flags(given: Setting) -> str:
-    """Those that differ from what `jaxpaged serve` takes by itself, and the sizes that were worked out."""
-    c, plain = given.config, EngineConfig()
-    shown = ("dtype", "revision", "block_size", "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override",
-             "quantization", "kv_cache_dtype", "long_prefill_token_threshold", "tensor_parallel_size", "pipeline_parallel_size",
-             "data_parallel_size")  # fmt: skip
-    values = {name: getattr(c, name) for name in shown if getattr(c, name) != getattr(plain, name)}
-    values |= {name: getattr(c, name) for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens")}
-    defaults = {"dtype": "bfloat16", "block_size": 32}  # on a GPU
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in values.items() if defaults.get(name) != value]
-    flags += ["--enable-expert-parallel"] if c.enable_expert_parallel else []
-    return " ".join([c.model, *flags])
+def serve_arguments(given: Setting) -> list[str]:
+    """The model, the sizes that were worked out, and what differs from that which `jaxpaged serve` takes by itself."""
+    c = given.config
+    plain = EngineConfig(model=c.model).resolve("gpu", given.decoder.max_positions)
+    found = [c.model]
+    for name in (f.name for f in dataclasses.fields(c) if f.name != "hf_token"):
+        value = getattr(c, name)
+        if name in WORKED_OUT or value != getattr(plain, name):
+            found += _argument(name.replace("_", "-"), value)
+    return found
+
+
+def _argument(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

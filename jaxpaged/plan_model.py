@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +21,13 @@ from jaxpaged.devices import Device
 from jaxpaged.hf_config import HFConfig
 from jaxpaged.memory import MemoryPlan
 from jaxpaged.models import door
+from jaxpaged.models.adapters import Slots
 from jaxpaged.models.decoder import Decoder
 from jaxpaged.models.quantized import NO_FORMS, Forms, all_products
 from jaxpaged.models.spec import DecoderConfig
 from jaxpaged.parallel import Parallel
 from jaxpaged.request import RequestError
+from jaxpaged.stage import TABLE, abstract_decoder
 from jaxpaged.state import Limits
 
 
@@ -79,8 +82,19 @@ class Setting:
         return build.make_limits(self.config, self.decoder, self.layout.reaches, num_pages)
 
     def weights(self, stage: StageCost) -> int:
-        """Bytes on each device of a stage."""
-        return weight_bytes(stage.config, self.config.dtype, self.forms, stage.layers)
+        """Bytes on each device of a stage: weights, and room for adapters."""
+        tables = sum(size for layer, size in self._tables if layer in stage.layers)
+        return weight_bytes(stage.config, self.config.dtype, self.forms, stage.layers) + tables
+
+    @cached_property
+    def _tables(self) -> list[tuple[int, int]]:
+        """(layer, bytes on a device that has it) of each table of LoRA adapters."""
+        slots = Slots(self.config.num_loras, self.config.max_lora_rank)
+        if not slots.num:
+            return []
+        _, _, leaves = abstract_decoder(self.stages[0].config, self.config.dtype, NO_FORMS, slots)
+        return [(int(path.split(".")[1]), math.prod(leaf.shape) * leaf.dtype.itemsize)
+                for path, leaf in leaves.items() if TABLE in path]  # fmt: skip
 
     def page_bytes(self, stage: StageCost) -> int:
         """Of a page, on each device of a stage."""

@@ -19,7 +19,7 @@ def text(plan: Plan) -> str:
         return "\n".join([*lines, *_what_would_fit(plan)])
     lines += _compiled(plan)
     for step in plan.steps:
-        lines += ["", *_step(step)]
+        lines += ["", *_step(step, len(plan.setting.stages))]
     return "\n".join([*lines, "", *_speeds(plan), "", "to serve it:", f"  {plan.command}"])
 
 
@@ -91,9 +91,10 @@ def _compiled(plan: Plan) -> Iterator[str]:
         yield f"  {program}: {listed}"
 
 
-def _step(step: Step) -> Iterator[str]:
+def _step(step: Step, stages: int) -> Iterator[str]:
+    devices = "on each device" if stages == 1 else f"on {stages} devices, a stage each"
     yield f"a step of {step.what}: {step.seconds * 1e3:.2f} ms, bound by {step.bound}"
-    yield f"  {'on each device':<30}{'GFLOP':>12}{'MB':>12}{'MB sent':>10}{'ms':>10}  bound"
+    yield f"  {devices:<30}{'GFLOP':>12}{'MB':>12}{'MB sent':>10}{'ms':>10}  bound"
     for work, seconds, bound in step.lines:
         name = work.name + (f" ({work.messages})" if work.messages else "")
         yield f"  {name:<30}{work.flops / 1e9:>12,.1f}{work.bytes / 1e6:>12,.1f}{work.sent / 1e6:>10,.1f}" \

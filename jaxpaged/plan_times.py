@@ -68,7 +68,9 @@ def step(setting: Setting, what: str, rows: Rows) -> Step:
 
 
 def typical_steps(setting: Setting, batch: int, context: int) -> list[Step]:
-    """One of `batch` decodes, and one that computes a prompt as far as the budget goes."""
+    """One of `batch` decodes (of a part of them, where each pipeline stage has another part), and one that computes a prompt as
+    far as the budget goes."""
+    batch = -(-max(1, batch) // len(setting.stages))
     most = min(int(setting.config.max_num_batched_tokens), int(setting.config.max_model_len or 0))
     return [step(setting, f"{batch} decodes after {context:,} tokens each", repeated(context, batch)),
             step(setting, f"the first {most:,} tokens of a prompt", chunk(0, most))]  # fmt: skip
@@ -138,7 +140,7 @@ def speeds(setting: Setting, plan: MemoryPlan, batches: Sequence[int | None], pr
     """Of each batch size, None: as many as have room, and each prompt length that max_model_len allows."""
     most, seqs = int(setting.config.max_model_len or 0), int(setting.config.max_num_seqs)
     found = []
-    for prompt in dict.fromkeys(min(p, most - 1) for p in prompts):
+    for prompt in dict.fromkeys(max(1, min(p, most - 1)) for p in prompts):
         sizes = [max(1, room(setting, plan, prompt + 1)) if b is None else min(b, seqs) for b in batches]
         found += [speed(setting, plan, batch, prompt) for batch in sorted(set(sizes))]
     return found

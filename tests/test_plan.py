@@ -2,19 +2,21 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 
+import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_models import MODELS, folder
 
-from jaxpaged import cli, devices_compiler, plan, plan_compile, plan_report
+from jaxpaged import build, cli, devices_compiler, plan, plan_compile, plan_report
 from jaxpaged.config import EngineConfig
 from jaxpaged.devices import DEVICES, device
 from jaxpaged.plan_advice import advice
 from jaxpaged.plan_model import Source, fit, fits, setting
-from jaxpaged.plan_times import itl, least_itl, prompt_steps, room, speeds, ttft
+from jaxpaged.plan_times import itl, least_itl, prompt_steps, room, speeds, ttft, typical_steps
 from jaxpaged.request import RequestError
 
 H200 = DEVICES["h200"]
@@ -132,6 +134,40 @@ def test_speeds_are_in_order():
     assert found[0].itl < found[2].itl and found[0].tokens_per_s < found[2].tokens_per_s
 
 
+def test_the_shortest_length_has_times_too():
+    given_, memory = fit(on("tiny", max_model_len=1))
+    assert [one.prompt for one in speeds(given_, memory, [1], [128, 8192])] == [1]
+
+
+def test_a_pipelines_steps_are_of_a_part_of_the_decodes():
+    given_ = on("tiny", pipeline_parallel_size=4)
+    decodes, _ = typical_steps(given_, 30, 100)
+    assert (decodes.tokens, decodes.rows) == (8, 8)
+
+
+ADAPTERS = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 32}
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("name", ["tiny", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"])
+def test_room_for_adapters_is_planned(name, sizes):
+    tensor, pipeline = sizes
+    given_ = on(name, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, **ADAPTERS)
+    parallel = build.make_parallel(given_.config, given_.decoder, jax.devices())
+    assert max(map(given_.weights, given_.stages)) == build.make_blueprint(given_.config, parallel).weight_bytes
+    assert given_.weights(given_.stages[0]) > given_.change(enable_lora=False).weights(given_.stages[0])
+
+
+def test_a_compiler_that_says_less_changes_nothing(monkeypatch):
+    """The engine plans with its estimate, and again only if that was too little."""
+    less, more = (plan_compile.Compiled(n, 1, 1, {}, {}, (2,), 1.0) for n in (1, 8 << 30))
+    pages = {}
+    for name, said in (("no", None), ("less", less), ("more", more)):
+        monkeypatch.setattr(plan_compile, "compiled", lambda *_, said=said: (said, ""))
+        pages[name] = plan.make(Source(MODELS["Llama-3-70B"]), EngineConfig(tensor_parallel_size=2), H200).memory.num_pages
+    assert pages["less"] == pages["no"] > pages["more"]
+
+
 # -- what the compiler says --------------------------------------------------------------------------------------------------
 
 SMALL = {"max_num_seqs": 16, "max_num_batched_tokens": 1024, "max_model_len": 1024}
@@ -194,11 +230,30 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     )
     assert status == 0
     assert "on 2 x NVIDIA H200 (tensor 2" in text and "have not been checked on a GPU" in text
-    assert f"jaxpaged serve {model} --tensor-parallel-size 2 --max-model-len 8192" in text
+    assert f"jaxpaged serve {model} --max-model-len 8192 --max-num-seqs 256" in text and text.endswith(
+        "--tensor-parallel-size 2\n"
+    )
     said = json.loads(out.read_text())
     assert said["fits"] and said["devices"] == 2 and said["memory"]["weights"] == said["stages"][0]["weights"]
     assert {one["batch"] for one in said["speeds"]} >= {1, 8, 32, 128} and said["checked_on_a_gpu"] is False
     assert "hf_token" not in said["config"]
+
+
+def test_the_command_that_is_printed_says_all_that_was_asked(tmp_path, monkeypatch, capsys):
+    """Given to `plan` again, it gives the same plan."""
+    model, out = folder(tmp_path / "a folder", "Gemma-3-27B"), tmp_path / "plan.json"
+    asked = ("--no-compile", "-q", "--json", str(out))
+    flags = ("--hf-overrides", '{"max_position_embeddings": 200000}', "--max-model-len", "150000", "--kv-cache-dtype", "int8",
+             "--disable-hybrid-kv-cache-manager", "--no-enable-prefix-caching", "--enable-lora", "--quantization", "int8",
+             "--scheduling-policy", "priority", "--seed", "5", "--tensor-parallel-size", "2")  # fmt: skip
+    assert call(monkeypatch, capsys, str(model), *asked, *flags)[0] == 0
+    first = json.loads(out.read_text())
+    program, command, *arguments = shlex.split(first["command"])
+    assert (program, command) == ("jaxpaged", "serve")
+    assert call(monkeypatch, capsys, *arguments, *asked)[0] == 0
+    again = json.loads(out.read_text())
+    same = ("config", "memory", "command")
+    assert [again[name] for name in same] == [first[name] for name in same]
 
 
 def test_what_does_not_fit_ends_with_status_1(tmp_path, monkeypatch, capsys):
