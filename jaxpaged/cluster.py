@@ -120,7 +120,7 @@ def _check_port(coordinator: str) -> None:
     try:
         socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual).close()
     except OSError as error:
-        raise RequestError(f"coordinator={coordinator}: rank 0 cannot listen on port {port}: {error.strerror or error}; "
+        raise RequestError(f"coordinator={coordinator}: rank 0 cannot listen on port {port}: {os.strerror(error.errno or 0)}; "
                            "use another port, the same on all.", "coordinator") from None  # fmt: skip
 
 

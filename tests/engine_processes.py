@@ -21,12 +21,13 @@ class Ranks:
                  environments: Mapping[int, Mapping[str, str]] | None = None, launched: bool = False):  # fmt: skip
         flags = [] if launched else ["--nnodes", str(size), "--coordinator", f"127.0.0.1:{free_port()}"]
         place = lambda rank: [] if launched else ["--node-rank", str(rank)]
-        self.processes = [
-            ServerProcess(["env", f"JAX_NUM_CPU_DEVICES={(devices or {}).get(rank, 1)}",
-                           *(f"{name}={value}" for name, value in (environments or {}).get(rank, {}).items()),
-                           *jaxpaged("serve", *flags, *options, *place(rank), *(own or {}).get(rank, ()))])
+        self.commands = [
+            ["env", f"JAX_NUM_CPU_DEVICES={(devices or {}).get(rank, 1)}",
+             *(f"{name}={value}" for name, value in (environments or {}).get(rank, {}).items()),
+             *jaxpaged("serve", *flags, *options, *place(rank), *(own or {}).get(rank, ()))]
             for rank in range(size)
         ]  # fmt: skip
+        self.processes = list(map(ServerProcess, self.commands))
 
     @property
     def base_url(self) -> str:

@@ -71,9 +71,16 @@ class ServerProcess:
 @contextlib.contextmanager
 def running(command: Sequence[str]) -> Iterator[ServerProcess]:
     """The server, from when it serves until the block is left."""
+    with started(command) as server:
+        server.wait_for("Application startup complete")
+        yield server
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str]) -> Iterator[ServerProcess]:
+    """The process, which is ended with the block."""
     server = ServerProcess(command)
     try:
-        server.wait_for("Application startup complete")
         yield server
     finally:
         server.process.terminate()

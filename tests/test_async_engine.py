@@ -214,6 +214,52 @@ def test_when_the_engine_s_thread_dies_everybody_learns_why(monkeypatch, caplog)
     assert [type(error) for error in deaths] == [ZeroDivisionError]
 
 
+def test_who_waits_for_the_engine_s_thread_when_it_dies_learns_why(monkeypatch, caplog):
+    async def test(engine):
+        begun, go_on = threading.Event(), threading.Event()
+
+        def advance():
+            begun.set()
+            go_on.wait(20)
+            raise SystemExit("dead")
+
+        monkeypatch.setattr(engine.engine, "advance", advance)
+        engine.submit("a", [1], params())
+        await asyncio.to_thread(begun.wait, 20)
+        asked = asyncio.create_task(engine.reset_prefix_cache())
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(EngineDeadError, match="has stopped"):
+            await asked
+
+    run(test, make())
+
+
+def test_an_engine_that_is_ended_before_it_starts_takes_nothing():
+    engine = make()
+    engine.end(RuntimeError("lost"))
+
+    async def test(engine):
+        with pytest.raises(EngineDeadError, match="lost"):
+            engine.submit("a", [1], params())
+
+    run(test, engine)
+
+
+def test_what_is_not_a_request_does_not_wait():
+    async def test(engine):
+        engine.engine.runner.gate.clear()
+        first = engine.submit("0", [1], params())
+        for i in range(9):
+            engine.abort(f"unknown {i}")
+        engine.engine.reset_prefix_cache()
+        second = engine.submit("1", [1], params())
+        engine.engine.runner.gate.set()
+        await asyncio.gather(first.last(), second.last())
+
+    run(test, make(max_num_queued_reqs=2))
+
+
 def test_call_runs_between_steps_and_hands_on_what_it_raises():
     async def test(engine):
         assert await engine.call(lambda e: threading.current_thread().name) == "jaxpaged-engine"

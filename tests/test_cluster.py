@@ -211,6 +211,43 @@ def test_who_is_silent_is_lost_and_who_beats_is_not():
         assert cluster.leader.why_lost(4 * channel.BEAT) is None
 
 
+def test_who_was_held_up_itself_does_not_say_that_the_other_one_was_silent(monkeypatch):
+    """As if this process had been stopped between looking and asking the clock: what has come meanwhile counts."""
+    real, held = channel.select.poll, threading.Event()
+
+    class Held:
+        def __init__(self):
+            self._poll = real()
+
+        def register(self, *of):
+            self._poll.register(*of)
+
+        def poll(self, timeout):
+            found = self._poll.poll(timeout)
+            if not found and not held.is_set():
+                held.set()
+                time.sleep(2.5 * channel.BEAT)
+            return found
+
+    monkeypatch.setattr(channel.select, "poll", Held)
+    with connected() as cluster:
+        for one in (cluster.leader.channels[1], cluster.followers[0].channel):
+            one.silence = 2 * channel.BEAT
+        assert cluster.leader.why_lost(5 * channel.BEAT) is None and held.is_set()
+
+
+def test_silent_strangers_do_not_keep_the_followers_out(monkeypatch):
+    monkeypatch.setattr(channel, "ADMISSION", 0.2)
+    with listening() as cluster:
+        strangers = [cluster.raw() for _ in range(3)]
+        began = time.monotonic()
+        cluster.follower(1)
+        cluster.gathered.result()
+        assert time.monotonic() - began < 3
+        for one in strangers:
+            one.close()
+
+
 @pytest.mark.parametrize("said, why", [
     (struct.pack("<Q", 2**40), "a message of 1099511627776 bytes"),
     (struct.pack("<Q", 4) + b"\xffabc", "4 bytes are not a message"),

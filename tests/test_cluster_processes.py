@@ -2,12 +2,14 @@
 
 import json
 import signal
+import socket
 import threading
 
 import httpx2 as httpx
 import pytest
 from engine_processes import free_port, ranks
-from server_process import TINY, running, tiny_model
+from live_server import wait_until
+from server_process import TINY, running, started, tiny_model
 from server_process import jaxpaged as command
 
 DEMO = ("demo-gemma3", "--max-model-len", "256", "--max-num-seqs", "2", "--max-num-batched-tokens", "8", "--enforce-eager")
@@ -160,3 +162,47 @@ def test_another_version_is_refused_by_both(tiny, tmp_path):
         statuses, _ = engine.wait_for_end(120)
         assert statuses == [2, 2], engine.logs
         assert all("and 9.9.9 on rank 1" in one.log for one in engine.processes), engine.logs
+
+
+def test_a_second_process_with_a_rank_that_is_there_harms_nobody(tiny):
+    with ranks(2, tiny) as engine:
+        engine.wait_until_up()
+        with started(engine.commands[1] + ["--distributed-timeout-seconds", "5"]) as intruder:
+            assert intruder.wait() == 1 and "rank 0 cannot be reached" in intruder.log
+        assert complete(engine.base_url, [1, 2], model=tiny[0])["finish_reason"] == "length"
+        engine.send_signal(0, signal.SIGTERM)
+        assert engine.wait_for_end(30)[0] == [0, 0], engine.logs
+
+
+def test_ctrl_c_in_a_terminal_that_all_share_lets_requests_end(tiny):
+    with ranks(2, tiny) as engine:
+        engine.wait_until_up()
+        reader = Reader(engine.base_url, tiny[0])
+        reader.start()
+        reader.began.wait(60)
+        for rank in (1, 0):
+            engine.send_signal(rank, signal.SIGINT)
+        assert engine.wait_for_end(60)[0] == [0, 0], engine.logs
+        reader.join(10)
+
+
+def test_a_port_of_the_coordinator_in_use_is_said(tiny):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with started(command("serve", *tiny, "--nnodes", "2", "--node-rank", "0", "--coordinator", address)) as rank:
+            assert rank.wait() == 2 and "Address already in use; use another port, the same on all" in rank.log
+
+
+def test_ctrl_c_ends_who_waits_for_the_others(tiny):
+    with started(command("serve", *tiny, "--nnodes", "2", "--node-rank", "0", "--coordinator",
+                         f"127.0.0.1:{free_port()}")) as rank:  # fmt: skip
+        wait_until(lambda: "recoverable" in rank.log, lambda: rank.log, 60)  # JAX waits
+        assert "rank 0 of 2: waiting for the others, at most 600 s" in rank.log
+        rank.signal(signal.SIGINT)
+        assert rank.wait() == -signal.SIGINT
+
+
+def test_a_follower_says_why_it_ends_when_rank_0_ends_while_it_builds(tiny, tmp_path):
+    with ranks(2, tiny, own={0: ("--uds", str(tmp_path / "no such folder" / "socket"))}) as engine:
+        assert engine.wait_for_end(60)[0][1] == 1 and engine.statuses()[0] in (1, 2), engine.logs
+        assert "rank 0 ends: " in engine.processes[1].log and "no such folder" in engine.processes[1].log

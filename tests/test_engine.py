@@ -226,6 +226,19 @@ def test_steps_in_a_pipeline_have_sequences_of_their_own():
     assert all(sizes == [2, 2, 2] for sizes in middle), "a fourth was waited for, and is scheduled anew at once"
 
 
+def test_a_long_prompt_in_a_pipeline_holds_up_no_decode_for_good():
+    """It has a chunk in every step; the others take turns, and come as far as each other."""
+    e = engine(max_num_seqs=4, pipeline=2, num_pages=400, max_model_len=1000, max_num_batched_tokens=16,
+               long_prefill_token_threshold=4)  # fmt: skip
+    e.submit("long", [1, 2] * 300, final(max_tokens=1))
+    for name in "abc":
+        e.submit(name, [ord(name) % VOCAB], final(max_tokens=200, ignore_eos=True))
+    for _ in range(100):
+        e.step()
+    known = [int(e.state.seats.num_known[e.state.slot_of[f"{name}"]]) for name in "abc"]
+    assert min(known) > 40 and max(known) - min(known) <= 3, known
+
+
 def test_chunks_of_a_prompt_follow_each_other_through_a_pipeline():
     """Nothing has to come back before the next chunk can begin."""
     e = engine(pipeline=4, max_num_seqs=1)

@@ -103,6 +103,19 @@ def test_a_prompt_that_has_been_computed_weighs_no_more():
     assert router.loads == [0, 0], "an end that is told twice changes nothing"
 
 
+def test_a_prompt_that_will_not_be_computed_weighs_no_more():
+    """Its client has left, while the engine has something else to do."""
+    router = make(2)
+    traffic = Traffic(router)
+    traffic.send(words(0, 1000))
+    traffic.send(words(1, 100))
+    traffic.send(words(2, 100))
+    assert [router.engine_of(name) for name in "012"] == [0, 1, 1]
+    router.began("3", router.route([7], GREEDY)._replace(engine=0))
+    router.ended("0", computed=False)
+    assert router.loads[0] == 1 + RUNNING
+
+
 def test_salts_and_adapters_do_not_share():
     router = make(2)
     prompt, a, b = words(0, 40), Adapter("a", "a@1", "", 4, {}), Adapter("b", "b@1", "", 4, {})

@@ -2,6 +2,8 @@
 """Model folders, chat templates, and what goes wrong with them."""
 
 import json
+import threading
+import time
 import warnings
 
 import pytest
@@ -9,7 +11,7 @@ import tiny_tokenizers as tiny
 from tokenizers import processors
 
 from jaxpaged.request import RequestError
-from jaxpaged.tokenizer import Tokenizer, load_tokenizer
+from jaxpaged.tokenizer import LONG_TEXT, Tokenizer, load_tokenizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -198,6 +200,34 @@ def test_folders_and_files_that_are_wrong_say_so(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- text and tokens
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_long_texts_have_the_ids_of_short_ones_and_let_others_go_on(demo_gguf, special):
+    tokenizer = load_tokenizer(demo_gguf)
+    text = "The fox and the dog. " * (2 * LONG_TEXT // 21 + 1)
+    assert len(text) > LONG_TEXT
+    assert tokenizer.encode(text, special) == tokenizer.backend.encode(text, add_special_tokens=special).ids
+    with pytest.raises(RequestError, match="lone surrogate"):
+        tokenizer.encode(text + "\ud83d")
+    gaps, stop = [], threading.Event()
+
+    def watch():
+        last = time.monotonic()
+        while not stop.is_set():
+            time.sleep(0.001)
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    began = time.monotonic()
+    tokenizer.encode(text * 100, special)
+    took = time.monotonic() - began
+    stop.set()
+    thread.join()
+    assert max(gaps) < took / 2
 
 
 def test_bad_text_and_bad_ids_are_request_errors():
