@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -24,6 +25,7 @@ from jaxpaged.ray.replica import Replica
 from jaxpaged.ray.routing import choose, prompt_key, ranked
 from jaxpaged.ray.serving import DRAIN_SECONDS
 from jaxpaged.ray.stage import served
+from jaxpaged_server.options import ServerOptions
 
 
 def in_loop(test):
@@ -326,19 +328,44 @@ def test_arguments_from_a_command_line(monkeypatch):
     monkeypatch.setenv("JAXPAGED_API_KEY", "secret")
     app({"model": "demo", "max_model_len": "4k", "max_num_seqs": "8", "enforce_eager": "true",
          "served_model_name": "[a, b]", "max_replicas": "4", "num_gpus": "0.5", "dtype": "float32",
-         "tokenizer": "none", "hf_overrides": '{"x": 1}'})  # fmt: skip
+         "tokenizer": "none", "max_cpu_loras": "none", "hf_overrides": '{"x": 1}', "allowed_origins": "0123",
+         "lora_modules": '{"name": "sql", "path": "/sql"}'})  # fmt: skip
     config, options, sizes = seen["config"], seen["options"], seen["sizes"]
     assert (config.model, config.max_model_len, config.max_num_seqs, config.enforce_eager) == ("demo", 4000, 8, True)
     assert config.tokenizer is None and config.hf_overrides == {"x": 1}
     assert options.served_model_name == ("a", "b") and options.api_key == ("secret",)
+    assert options.allowed_origins == ("0123",) and config.max_cpu_loras is None
+    assert json.loads(options.lora_modules[0]) == {"name": "sql", "path": "/sql"}
     assert options.shutdown_timeout == DRAIN_SECONDS
     assert (sizes.max_replicas, sizes.num_gpus, sizes.target(config), sizes.most(config)) == (4, 0.5, 8, 16)
+
+
+def test_every_argument_can_be_given_as_it_is(monkeypatch):
+    monkeypatch.setattr("jaxpaged.ray.serving.application", lambda open, *made: made)
+    defaults = EngineConfig(), ServerOptions(), Sizes()
+    assert app({f.name: getattr(made, f.name) for made in defaults for f in dataclasses.fields(made)}) == defaults
 
 
 @pytest.mark.parametrize("args, said", [
     ({"max_replica": "4"}, "did you mean 'max_replicas'"),
     ({"min_replicas": "2"}, "min_replicas=2 is more than max_replicas=1"),
-    ({"max_replicas": "many"}, "max_replicas must be a number >= 1, got 'many'"),
+    ({"max_replicas": "many"}, "max_replicas must be an integer, got 'many'"),
+    ({"max_replicas": "2.5"}, "max_replicas must be an integer, got 2.5"),
+    ({"max_replicas": True}, "max_replicas must be an integer, got True"),
+    ({"max_replicas": "0"}, "max_replicas must be an integer >= 1, got 0"),
+    ({"max_replicas": "x: ["}, "max_replicas cannot be read as YAML"),
+    ({"max_queued_requests": "-5"}, "max_queued_requests must be an integer >= -1, got -5"),
+    ({"max_queued_requests": "0"}, "max_queued_requests must be -1"),
+    ({"hf_overrides": "{a"}, "hf_overrides cannot be read as YAML"),
+    ({"hf_overrides": "a"}, "hf_overrides must be an object or none, got 'a'"),
+    ({"seed": "2026-99-99"}, "seed cannot be read as YAML"),
+    ({"enable_lora": "yess"}, "enable_lora must be true or false, got 'yess'"),
+    ({"num_gpus": "nan"}, "num_gpus must be a number or none, got 'nan'"),
+    ({"num_gpus": ".nan"}, "num_gpus must be a number >= 0, got nan"),
+    ({"num_cpus": ".inf"}, "num_cpus must be a number >= 0, got inf"),
+    ({"target_ongoing_requests": ".inf"}, "target_ongoing_requests must be a number above 0"),
+    ({"max_body_size": "32M"}, "max_body_size must be an integer, got '32M'"),
+    ({"dtype": 16}, "dtype must be a text, got 16"),
     ({"target_ongoing_requests": "0"}, "target_ongoing_requests must be a number above 0"),
     ({"target_ongoing_requests": "9", "max_ongoing_requests": "8"}, "no replica would ever be added"),
     ({"dtype": "float33"}, "dtype must be one of"),
@@ -375,19 +402,24 @@ PARAMS = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
 
 def test_a_row_that_cannot_be_served_takes_no_other_one_down(tmp_path):
     model = str(tiny_model(tmp_path))
-    prompts = ["a fox", "x" * 500, "a dog", "the fox and the dog"]
-    table = pa.table({"prompt": prompts, "extra": [1, 2, 3, 4]})
+    prompts = ["a fox", "x" * 500, "a dog", "the fox and the dog", None]
+    table = pa.table({"prompt": prompts, "extra": [1, 2, 3, 4, 5]})
     stage = Generate({"model": model, **TINY}, PARAMS)
     rows = stage(table).to_pylist()
+    numbers = stage(pa.table({"prompt": [5, 6, 7]})).to_pylist()
+    with pytest.raises(RequestError, match="the rows have generated_text, error already"):
+        stage(pa.table({"prompt": ["a fox"], "error": [""], "generated_text": ["a dog"]}))
     stage.llm.close()
     with LLM(model, use_tqdm=False, **TINY) as llm:
-        alone = llm.generate([p for p in prompts if len(p) < 500], SamplingParams(**PARAMS), use_tqdm=False)
+        alone = llm.generate([p for p in prompts if p and len(p) < 500], SamplingParams(**PARAMS), use_tqdm=False)
     good = [row for row in rows if not row["error"]]
-    assert [row["extra"] for row in rows] == [1, 2, 3, 4] and [row["extra"] for row in good] == [1, 3, 4]
+    assert [row["extra"] for row in rows] == [1, 2, 3, 4, 5] and [row["extra"] for row in good] == [1, 3, 4]
     assert [row["generated_token_ids"] for row in good] == [list(output.outputs[0].token_ids) for output in alone]
     assert [row["generated_text"] for row in good] == [output.outputs[0].text for output in alone]
     assert rows[1]["finish_reason"] == "error" and "max_model_len" in rows[1]["error"]
     assert {row["finish_reason"] for row in good} == {"length"}
+    assert rows[4]["error"] == "the column 'prompt' must have a text or a list in each row, got None."
+    assert ["got 6" in row["error"] for row in numbers] == [False, True, False]
 
 
 def test_bad_prompts_are_found_by_halves():
@@ -404,17 +436,32 @@ def test_bad_prompts_are_found_by_halves():
     assert len(calls) == 7 and served([], run) == []
 
 
+POOLS = (({"concurrency": 0}, "concurrency must be an integer >= 1, got 0"),
+         ({"concurrency": (3, 2)}, "concurrency must be an integer >= 3, got 2"),
+         ({"concurrency": (1, 2, 3)}, "concurrency must be an integer, or .least, most., got .1, 2, 3"),
+         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+         ({"batch_size": None}, "batch_size must be an integer >= 1, got None"),
+         ({"num_gpus": float("nan")}, "num_gpus must be a number >= 0, got nan"),
+         ({"num_cpus": -1}, "num_cpus must be a number >= 0, got -1"))  # fmt: skip
+
+
 def test_mistakes_about_a_stage_are_said_before_it_runs(tmp_path):
     with pytest.raises(RequestError, match="n must be 1"):
         generate_stage({"model": "demo"}, {"n": 2})
     with pytest.raises(RequestError, match="max_num_seq"):
         generate_stage({"model": "demo", "max_num_seq": 2})
+    for pool, said in POOLS:
+        with pytest.raises(RequestError, match=said):
+            generate_stage({"model": "demo"}, **pool)
     with pytest.raises(RequestError, match="there is no file"):
         batch.open_source(tmp_path / "none.jsonl")
     with pytest.raises(RequestError, match="source must be files of one kind"):
         batch.open_source([tmp_path / "a.jsonl", tmp_path / "b.csv"])
     with pytest.raises(RequestError, match="output_dir must be a folder of this machine"):
         run_batch("x.jsonl", "s3://bucket/x", {"model": "demo"})
+    with pytest.raises(RequestError, match="there is no file"):
+        run_batch(tmp_path / "none.jsonl", tmp_path / "out", {"model": "demo"})
+    assert not (tmp_path / "out").exists()
 
 
 # -- its files -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ runs twice writes once. What was computed and not yet written when everything is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from jaxpaged.config import EngineConfig
 from jaxpaged.ray.needed import need
 from jaxpaged.ray.parts import Parts, check_job, owned
-from jaxpaged.ray.stage import Params, generate_stage, sampling
+from jaxpaged.ray.stage import Params, check_columns, generate_stage, sampling
 from jaxpaged.request import RequestError
 
 ROW = "row_number"  # the id of rows that bring none
@@ -42,19 +43,19 @@ def run_batch(source: Any, output_dir: str | Path, config: EngineConfig | Mappin
     id: a column that tells rows apart, and stays the same from call to call; None: rows are numbered in order, which must be
       the same in each call. prompt, chat, batch_size and pool (concurrency, num_cpus, num_gpus): as for `generate_stage`.
     retry_errors: rows that have an error are done again.
-    Each part has at most batch_size rows: input columns, id, and the stage's. RequestError if the folder belongs to another
-    job or process, if ids repeat, or if a column is missing.
+    Each part has at most batch_size rows: input columns, id, and the stage's. A source without rows is done at once.
+    RequestError if the folder belongs to another job or process, if ids repeat, if a column is missing, or if one is there
+    that would be added.
     """
     engine = config if isinstance(config, EngineConfig) else EngineConfig(**config)
     stage = generate_stage(engine, params, prompt=prompt, chat=chat, batch_size=batch_size, **pool)
-    folder = _folder(output_dir)
+    folder, rows = _folder(output_dir), open_source(source)
     with owned(folder):
-        rows, ids = numbered(open_source(source)) if id is None else (open_source(source), None)
-        name, ids = id or ROW, ids if ids is not None else read_ids(rows, id or ROW)
-        if prompt not in rows.columns():
-            raise RequestError(f"there is no column {prompt!r}; the rows have {', '.join(rows.columns())}.", "prompt")
+        rows, ids = numbered(rows) if id is None else (rows, read_ids(rows, id))
+        if ids:  # Ray knows no columns where there are no rows
+            check_columns(rows.columns(), prompt)
         check_job(folder, _job(engine, params, prompt, id, chat, len(ids)))
-        parts = Parts(folder, name)
+        parts = Parts(folder, id or ROW)
         parts.read(retry_errors)
         before = len(parts.done & ids)
         failed = _generate(stage, rows, parts, batch_size) if before < len(ids) else 0
@@ -81,11 +82,16 @@ def open_source(source: Any) -> Any:
     if isinstance(source, data.Dataset):
         dataset = source
     else:
-        paths = [str(one) for one in ([source] if isinstance(source, (str, Path)) else source)]
+        paths = [_absolute(str(one)) for one in ([source] if isinstance(source, (str, Path)) else source)]
         dataset = getattr(data, _reader(paths))(paths)
         dataset = dataset.rename_columns({"text": "prompt"}) if Path(paths[0]).suffix == ".txt" else dataset
     dataset.context.execution_options.preserve_order = True
     return dataset
+
+
+def _absolute(path: str) -> str:
+    """Workers, which open it, are in another folder."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def _reader(paths: Sequence[str]) -> str:
@@ -101,24 +107,29 @@ def _reader(paths: Sequence[str]) -> str:
 
 
 def numbered(rows: Any) -> tuple[Any, set[int]]:
-    """The rows with their numbers, and these."""
+    """The rows with their numbers, and these. RequestError if they have such a column."""
     rows = rows.materialize()
+    if not rows.count():
+        return rows, set()
+    if ROW in rows.columns():
+        raise RequestError(f"the rows have a column {ROW!r} already; tell them apart by it (id={ROW!r}), or drop it first "
+                           f"(dataset.drop_columns([{ROW!r}])).", "id")  # fmt: skip
     numbers = need("ray.data").range(rows.count()).rename_columns({"id": ROW})
     numbers.context.execution_options.preserve_order = True
     return rows.zip(numbers).materialize(), set(range(rows.count()))
 
 
 def read_ids(rows: Any, id: str) -> set[Any]:
-    """The ids. RequestError if some are missing or the same."""
-    if id not in rows.columns():
-        raise RequestError(f"there is no column {id!r}; the rows have {', '.join(rows.columns())}.", "id")
+    """The ids. RequestError if some are missing, the same, or cannot be compared: lists, objects, NaN."""
+    columns = rows.columns()
+    if columns is not None and id not in columns:  # None: there are no rows
+        raise RequestError(f"there is no column {id!r}; the rows have {', '.join(columns)}.", "id")
     ids = set[Any]()
     for table in rows.select_columns([id]).iter_batches(batch_size=None, batch_format="pyarrow"):
         for one in table[id].to_pylist():
-            if one is None or one in ids:
-                raise RequestError(
-                    f"the column {id!r} must tell rows apart, but {one!r} stands there twice or not at all.", "id"
-                )
+            if one is None or not isinstance(one, Hashable) or one != one or one in ids:
+                raise RequestError(f"the column {id!r} must tell rows apart by texts or numbers, each there once; "
+                                   f"{reprlib.repr(one)} is there twice, or is neither.", "id")  # fmt: skip
             ids.add(one)
     return ids
 

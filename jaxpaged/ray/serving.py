@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,6 +27,9 @@ CLOSE_SECONDS = 15.0  # for closing an engine
 MANY_REQUESTS = 100_000  # that a front end has at once: it only waits for replicas
 RAYS = ("host", "port", "uds", "root_path", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers",
         "log_level", "log_format", "disable_uvicorn_access_log")  # fmt: skip  # options of what Ray Serve does here
+KINDS = {"bool": (bool, "true or false"), "int": (int, "an integer"), "float": ((int, float), "a number"),
+         "str": (str, "a text"), "tuple[str, ...]": (tuple, "a list of texts"), "dict[str, Any]": (dict, "an object"),
+         "None": (type(None), "none")}  # fmt: skip  # type of a field -> what it takes
 ROUTER = "jaxpaged.ray.router.PrefixRouter"
 
 
@@ -57,14 +61,28 @@ def app(args: Mapping[str, Any]) -> Any:
 
 
 def _typed(field: dataclasses.Field, value: Any) -> Any:
-    """Text from a command line as the field has it."""
-    if isinstance(value, str) and str(field.type) not in ("str", "str | None"):
-        value = yaml.safe_load(value)
-    elif value == "none":
-        value = None
-    if isinstance(field.default, tuple) and not isinstance(value, tuple):
-        value = tuple(value) if isinstance(value, list) else (str(value),)
+    """Text from a command line as the field has it. RequestError for what the field cannot have."""
+    kinds = str(field.type).split(" | ")
+    if value == "none" and "None" in kinds:
+        return None
+    if isinstance(value, str) and kinds[0] != "str":
+        value = _read(field, value)
+    if isinstance(field.default, tuple) and value is not None:
+        many = value if isinstance(value, (list, tuple)) else [value]
+        value = tuple(one if isinstance(one, str) else json.dumps(one, default=str) for one in many)
+    if not any(isinstance(value, KINDS[kind][0]) and (kind == "bool" or not isinstance(value, bool)) for kind in kinds):
+        allowed = " or ".join(KINDS[kind][1] for kind in kinds)
+        raise RequestError(f"{field.name} must be {allowed}, got {value!r}.", field.name)
     return value
+
+
+def _read(field: dataclasses.Field, text: str) -> Any:
+    """YAML. In a list of texts everything is a text: a key 0123 is no number."""
+    try:
+        return yaml.load(text, yaml.BaseLoader if isinstance(field.default, tuple) else yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise RequestError(f"{field.name} cannot be read as YAML, which is what it is on a command line: "
+                           f"{getattr(error, 'problem', None) or error}, got {text!r}.", field.name) from None  # fmt: skip
 
 
 def _options(given: Mapping[str, Any]) -> ServerOptions:

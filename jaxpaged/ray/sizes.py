@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.request import RequestError, refuse_unknown
 
 DEFAULT_ONGOING = 64  # requests a replica, where max_num_seqs does not say
+LEAST = {"min_replicas": 0, "max_replicas": 1, "initial_replicas": 0, "max_ongoing_requests": 1, "max_queued_requests": -1,
+         "upscale_delay_s": 0, "downscale_delay_s": 0, "num_cpus": 0, "num_gpus": 0, "num_fronts": 1, "spill": 0,
+         "prefix_length": 1, "retries": 0}  # fmt: skip  # the others must be above 0
 
 
 @dataclass(frozen=True)
@@ -47,20 +51,19 @@ class Sizes:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("max_replicas", "num_fronts", "prefix_length"):
-            _at_least(1, name, getattr(self, name))
-        for name in ("min_replicas", "retries", "upscale_delay_s", "downscale_delay_s", "num_cpus"):
-            _at_least(0, name, getattr(self, name))
-        for name, least in (("initial_replicas", 0), ("max_ongoing_requests", 1), ("num_gpus", 0), ("spill", 0)):
-            if getattr(self, name) is not None:
-                _at_least(least, name, getattr(self, name))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if field.name in LEAST:
+                at_least(LEAST[field.name], field.name, value, whole=str(field.type).startswith("int"))
+            elif not (_is_number(value) and value > 0):
+                raise RequestError(f"{field.name} must be a number above 0, got {value!r}.", field.name)
+        if self.max_queued_requests == 0:
+            raise RequestError("max_queued_requests must be -1 (no limit) or an integer >= 1, got 0.", "max_queued_requests")
         if self.min_replicas > self.max_replicas:
             raise RequestError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}; raise "
                                "max_replicas.", "min_replicas")  # fmt: skip
-        for name in ("target_ongoing_requests", "health_check_period_s"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0):
-                raise RequestError(f"{name} must be a number above 0, got {value!r}.", name)
         if self.max_ongoing_requests is not None and self.max_ongoing_requests < (self.target_ongoing_requests or 0):
             raise RequestError(f"max_ongoing_requests={self.max_ongoing_requests} is less than target_ongoing_requests="
                                f"{self.target_ongoing_requests}, so no replica would ever be added; raise it.",
@@ -79,6 +82,11 @@ class Sizes:
         return self.spill if self.spill is not None else max(1, int(self.target(config) / 2))
 
 
-def _at_least(least: int, name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value < least:
-        raise RequestError(f"{name} must be a number >= {least}, got {value!r}.", name)
+def at_least(least: int, name: str, value: Any, whole: bool = False) -> None:
+    """RequestError for anything but a number (whole: an integer) that is not below `least`."""
+    if not _is_number(value) or value < least or (whole and not isinstance(value, int)):
+        raise RequestError(f"{name} must be {'an integer' if whole else 'a number'} >= {least}, got {value!r}.", name)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf

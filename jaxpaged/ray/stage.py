@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.ray.needed import need
+from jaxpaged.ray.sizes import at_least
 from jaxpaged.request import RequestError, RequestOutput, SamplingParams
 
 Params = SamplingParams | Mapping[str, Any] | None
@@ -19,7 +20,8 @@ class Generate:
 
     config: EngineConfig's fields. params: of every prompt. prompt: the column of prompts: texts, or lists of token ids.
     chat: a prompt is a user's message, or a list of messages (the model's chat template is used).
-    Adds COLUMNS. A row that cannot be served has finish_reason "error" and says why in `error`, which is "" for the others.
+    Adds COLUMNS, which must not be there yet. A row that cannot be served has finish_reason "error" and says why in `error`,
+      which is "" for the others.
     """
 
     def __init__(self, config: EngineConfig | Mapping[str, Any], params: Params = None, prompt: str = "prompt",
@@ -37,12 +39,14 @@ class Generate:
             raise RequestError(
                 f'this stage takes tables: map_batches(..., batch_format="pyarrow"); got {type(batch).__name__}.'
             )
-        if self.prompt not in names:
-            raise RequestError(f"there is no column {self.prompt!r}; the rows have {', '.join(names)}.", "prompt")
+        check_columns(names, self.prompt)
         outputs = served([_plain(value) for value in batch[self.prompt].to_pylist()], self._run)
         return with_columns(batch, outputs)
 
     def _run(self, prompts: Sequence[Any]) -> list[RequestOutput]:
+        for one in prompts:
+            if not isinstance(one, (str, list, dict)):  # numbers in a row would be taken for one prompt of token ids
+                raise RequestError(f"the column {self.prompt!r} must have a text or a list in each row, got {one!r}.", "prompt")
         if not self.chat:
             given = [{"prompt_token_ids": one} if isinstance(one, list) else one for one in prompts]
             return self.llm.generate(given, self.params, use_tqdm=False)
@@ -56,12 +60,16 @@ def generate_stage(config: EngineConfig | Mapping[str, Any], params: Params = No
     """A function that adds the stage to a dataset: `generate_stage({"model": "demo"}, concurrency=4)(dataset)`.
 
     batch_size: rows that are generated together; let it be several times max_num_seqs. concurrency: actors, or (least, most).
-    num_cpus, num_gpus: of each.
+    num_cpus, num_gpus: of each. RequestError for what cannot be.
     """
     if isinstance(config, Mapping):
         EngineConfig(**config)  # a mistake is said here, not in an actor
     sampling(params)
-    least, most = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
+    at_least(1, "batch_size", batch_size, whole=True)
+    for name, number in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
+        if number is not None:
+            at_least(0, name, number)
+    least, most = _actors(concurrency)
 
     def add(dataset: Any) -> Any:
         pool = need("ray.data").ActorPoolStrategy(min_size=least, max_size=most)
@@ -71,6 +79,26 @@ def generate_stage(config: EngineConfig | Mapping[str, Any], params: Params = No
         )  # fmt: skip
 
     return add
+
+
+def _actors(concurrency: int | tuple[int, int]) -> tuple[int, int]:
+    pair = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
+    if len(pair) != 2:
+        raise RequestError(f"concurrency must be an integer, or (least, most), got {pair}.", "concurrency")
+    least, most = pair
+    at_least(1, "concurrency", least, whole=True)
+    at_least(least, "concurrency", most, whole=True)
+    return least, most
+
+
+def check_columns(names: Sequence[str], prompt: str) -> None:
+    """RequestError unless rows with these columns have prompts and no columns of the stage."""
+    if prompt not in names:
+        raise RequestError(f"there is no column {prompt!r}; the rows have {', '.join(names)}.", "prompt")
+    taken = [name for name in COLUMNS if name in names]
+    if taken:
+        raise RequestError(f"the rows have {', '.join(taken)} already, which would be added to them; drop or rename these "
+                           f"first: dataset.drop_columns({taken}).")  # fmt: skip
 
 
 def sampling(params: Params) -> SamplingParams | None:
