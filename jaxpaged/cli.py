@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import jaxpaged
 from jaxpaged import cli_clients, cli_convert, cli_plan, cli_serve
@@ -21,8 +22,25 @@ from jaxpaged.sampling_flags import SAMPLING as SAMPLING
 from jaxpaged.sampling_flags import MinP, Seed, Stop, Temperature, TopK, TopP, given_params, sampling
 
 log = logging.getLogger("jaxpaged")
+
+
+class _Root(TyperGroup):
+    """Ends with 141, as a shell says it of other programs, when the reader of `jaxpaged ... | head` has gone. (typer by itself
+    ends with 1, by which `plan` says something else.)"""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                print(end="", flush=True)  # what waits until now would find out too late
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+
+
 app = typer.Typer(name="jaxpaged", help="vLLM re-thought for JAX.", no_args_is_help=True, add_completion=False,
-                  pretty_exceptions_enable=False)  # fmt: skip
+                  pretty_exceptions_enable=False, cls=_Root)  # fmt: skip
 bench_app = typer.Typer(help="Measure latency, throughput or start-up time.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
@@ -261,9 +279,6 @@ def main() -> None:
     is typer's: status 130.)"""
     try:
         app(prog_name="jaxpaged")
-    except BrokenPipeError:  # `jaxpaged ... | head`: the reader has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         if os.environ.get("JAXPAGED_DEBUG"):
             raise

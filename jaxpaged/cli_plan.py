@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -60,21 +60,66 @@ def plan(
     if model is not None and model_flag is not None:
         raise RequestError(f"give the model once, got {model!r} and --model {model_flag!r}.", "model")
     chosen, prompts = device(device_name), _integers("prompt_lens", prompt_lens)
-    batches = [None if part == "max" else _integers("batch_sizes", part)[0] for part in batch_sizes.split(",")]
+    batches = [None if part.strip() == "max" else _integers("batch_sizes", part)[0] for part in batch_sizes.split(",")]
     asked_rates = None if rates is None else _rates(rates)
     if arrivals not in (POISSON, OWN):
         raise RequestError(f"arrivals must be {POISSON} or {OWN}, got {arrivals!r}.", "arrivals")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on a device here
     say = _say if not quiet else lambda line: None
     config = EngineConfig(**{**engine, "model": model or model_flag or engine.get("model", "demo")})
-    found = _made(config, chosen, (batches, prompts, compiles, all_layers), say)
-    result = {}
-    if simulate is not None and found.memory is not None:
-        result = _simulated(found, simulate, asked_rates, arrivals == OWN, num_requests, plot, say)
     if output_json is not None:
-        _write(found, result, output_json)
+        _check_writable("output_json", output_json)
+    load = None if simulate is None else _load(simulate, num_requests, asked_rates, arrivals == OWN, plot)
+    found = _made(config, chosen, (batches, prompts, compiles, all_layers), say)
+    results: list[Any] = []
+    try:
+        if load is not None and found.memory is not None:
+            results = _simulated(found, load, say)
+    finally:  # the plan at least
+        if output_json is not None:
+            _write(found, {"simulation": [one._asdict() for one in results], "trace": simulate} if results else {}, output_json)
+    if load is not None and results:
+        _draw(found, load, results)
     if found.memory is None:
         raise typer.Exit(1)
+
+
+class _Load(NamedTuple):
+    """What is asked of a simulation. recorded: requests a second of the trace itself. own: they come at its times."""
+
+    trace: str
+    requests: list[Any]
+    recorded: float | None
+    rates: list[float] | None
+    own: bool
+    plot: Path
+
+
+def _load(trace: str, most: int | None, rates: list[float] | None, own: bool, plot: Path) -> _Load:
+    """RequestError for all that would go wrong only when the long part is done."""
+    from jaxpaged import simulate_plot, simulate_traces
+
+    requests = simulate_traces.read(trace, most)
+    recorded = simulate_traces.own_rate(requests)
+    if own and recorded is None:
+        raise RequestError(f"{trace} has no times; leave out --arrivals {OWN}.", "arrivals")
+    simulate_plot.load_matplotlib()
+    simulate_plot.check_format(plot)
+    _check_writable("plot", plot)
+    return _Load(trace, requests, recorded, rates, own, plot)
+
+
+def _check_writable(name: str, path: Path) -> None:
+    """RequestError if that file could not be written. Folders that are not there yet will be made."""
+    path = path.absolute()
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if nearest.is_dir() == (nearest == path):
+        why = f"{nearest} is {'a' if nearest.is_dir() else 'no'} folder"
+    elif not os.access(nearest, os.W_OK):
+        why = f"{nearest} is read-only"
+    else:
+        return
+    raise RequestError(f"{name}: {path} cannot be written ({why}); give another file.", name)
 
 
 def _say(line: str) -> None:
@@ -93,38 +138,41 @@ def _made(config: EngineConfig, chosen: Any, wanted: tuple[Any, ...], say: Calla
     return found
 
 
-def _simulated(found: Any, trace: str, rates: list[float] | None, own: bool, most: int | None, plot: Path,
-               say: Callable[[str], None]) -> dict[str, Any]:  # fmt: skip
-    from jaxpaged import simulate, simulate_plot, simulate_traces
+def _simulated(found: Any, load: _Load, say: Callable[[str], None]) -> list[Any]:
+    """At each rate, printed."""
+    from jaxpaged import simulate
 
-    simulate_plot.load_matplotlib()
-    requests = simulate_traces.read(trace, most)
-    recorded = simulate_traces.own_rate(requests)
-    if own and recorded is None:
-        raise RequestError(f"{trace} has no times; leave out --arrivals {OWN}.", "arrivals")
-    rates = rates or simulate.rates_to_try(found.setting, found.memory, requests)
-    print(f"\nsimulated with {len(requests):,} requests of {trace}" +
-          (f", which came at {recorded:.2f} a second" if recorded else "") + ":")  # fmt: skip
-    results = simulate.sweep(found.setting, found.memory, requests, rates, own, found.setting.config.seed,
+    s = found.setting
+    rates = load.rates or simulate.rates_to_try(s, found.memory, load.requests)
+    print(f"\nsimulated with {len(load.requests):,} requests of {load.trace}" +
+          (f", which came at {load.recorded:.2f} a second" if load.recorded else "") + ":")  # fmt: skip
+    results = simulate.sweep(s, found.memory, load.requests, rates, load.own, s.config.seed,
                              lambda line: print(f"  {line}", flush=True))  # fmt: skip
-    n, s = found.setting.sizes.devices, found.setting
-    simulate_plot.plot(results, f"{s.config.model} on {n} x {s.device.name}, {trace}: predicted, not measured", plot)
-    refused = results[0].refused
-    if refused:
+    if refused := results[0].refused:
         say(f"{refused} requests are longer than max_model_len={s.config.max_model_len} and were left out.")
-    print(f"drawn: {plot}")
-    return {"simulation": [one._asdict() for one in results], "trace": trace}
+    return results
+
+
+def _draw(found: Any, load: _Load, results: list[Any]) -> None:
+    from jaxpaged import simulate_plot
+
+    s = found.setting
+    title = f"{s.config.model} on {s.sizes.devices} x {s.device.name}, {load.trace}: predicted, not measured"
+    simulate_plot.plot(results, title, load.plot)
+    print(f"drawn: {load.plot}")
 
 
 def _write(found: Any, more: dict[str, Any], path: Path) -> None:
     from jaxpaged import plan as plans
 
-    path.write_text(json.dumps({**plans.as_json(found), **more}, indent=1, default=str) + "\n", encoding="utf-8")
+    text = json.dumps({**plans.as_json(found), **more}, indent=1, default=str) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _integers(name: str, text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) for part in parts):
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
         raise RequestError(f"{name} must be positive integers with commas between them, got {text!r}.", name)
     return [int(part) for part in parts]
 
@@ -134,6 +182,6 @@ def _rates(text: str) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = [0.0]
-    if not all(0 < rate < float("inf") for rate in found):
-        raise RequestError(f"rates must be numbers above 0 with commas between them, got {text!r}.", "rates")
+    if not all(1e-9 <= rate <= 1e9 for rate in found):  # beyond these no time is a number any more
+        raise RequestError(f"rates must be numbers above 0 (1e-9 to 1e9) with commas between them, got {text!r}.", "rates")
     return found

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxpaged.request import RequestError, refuse_unknown
 
+LEAST, MOST = 1e-30, 1e30  # of any number: within them no time or rate that is worked out becomes infinite
 _TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -135,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _described(path: Path, values: dict[str, Any]) -> Device:
     base = values.pop("base", None)
-    if base is not None and base not in DEVICES:
+    if base is not None and base not in list(DEVICES):  # a list: whatever the file has there can be looked for
         raise RequestError(f"{path}: base must be one of {', '.join(DEVICES)}; got {base!r}.", "device")
     refuse_unknown(f"{path}: a device", values, ["base", *(f.name for f in fields(Device))])
     given = {f.name: _checked(path, f, values[f.name]) for f in fields(Device) if f.name in values}
@@ -150,14 +151,22 @@ def _described(path: Path, values: dict[str, Any]) -> Device:
 
 
 def _checked(path: Path, field: Any, value: Any) -> Any:
-    """A value of the field's type; numbers are above 0, efficiencies at most 1."""
+    """A value of the field's type; numbers are above 0, efficiencies at most 1, sizes whole."""
     if field.type == "str":
         if isinstance(value, str):
             return value
         raise RequestError(f"{path}: {field.name} must be a text, got {value!r}.", "device")
-    most = 1.0 if field.name.endswith("_efficiency") else float("inf")
-    least_ok = field.name in ("float8", "kernel_seconds", "link_latency")  # which may be 0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value <= most or (least_ok and value == 0)):
-        rule = "a number above 0 and at most 1" if most == 1.0 else "a number above 0"
-        raise RequestError(f"{path}: {field.name} must be {rule}, got {value!r}.", "device")
+    if not _is_number(field, value):
+        kind = "a whole number" if field.type == "int" else "a number"
+        most = 1 if field.name.endswith("_efficiency") else f"{MOST:g}"
+        raise RequestError(f"{path}: {field.name} must be {kind} above 0 and at most {most}, got {value!r}.", "device")
     return int(value) if field.type == "int" else float(value)
+
+
+def _is_number(field: Any, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    if value == 0:
+        return field.name in ("float8", "kernel_seconds", "link_latency")
+    most = 1.0 if field.name.endswith("_efficiency") else MOST
+    return LEAST <= value <= most and (field.type != "int" or value % 1 == 0)

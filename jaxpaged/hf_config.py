@@ -25,6 +25,17 @@ HARMLESS = frozenset({
 })  # fmt: skip
 # Keys that say again what another key says, and so are harmless once that one was read.
 REPEATED = {"_sliding_window_pattern": "layer_types", "sliding_window_pattern": "layer_types"}
+# Kinds of what shapes or structure are made of. (Numbers of experts are not here: some families write 0 for none.)
+KINDS = {
+    "model_type": str,
+    **dict.fromkeys(("text_config", "attn_config", "rope_scaling", "rope_parameters", "quantization_config"), Mapping),
+    **dict.fromkeys((
+        "vocab_size", "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads",
+        "n_head", "n_heads", "num_key_value_heads", "head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim",
+        "kv_lora_rank", "intermediate_size", "moe_intermediate_size", "max_position_embeddings", "n_positions",
+    ), int),
+}  # fmt: skip
+_NAMES = {str: "a text", Mapping: "an object", int: "a positive integer"}
 _NOTHING = (None, "", (), [], {})
 
 
@@ -42,12 +53,22 @@ class HFConfig(Mapping[str, Any]):
         self.read.add(key)
         if self.values_by_key.get(key) is None:
             raise ValueError(f"{self.source} lacks the key {key!r}; give it with hf_overrides={{{key!r}: ...}}.")
-        return self.values_by_key[key]
+        return self._checked(key, self.values_by_key[key])
 
     def get(self, key: str, default: Any = None) -> Any:
         """As `dict.get`; a key that is null counts as null, not as absent (families differ in what null means)."""
         self.read.add(key)
-        return self.values_by_key.get(key, default)
+        value = self.values_by_key.get(key, default)
+        return self._checked(key, value) if value else value
+
+    def _checked(self, key: str, value: Any) -> Any:
+        """ValueError if it is not of the key's kind; some files write sizes as 4096.0."""
+        kind = KINDS.get(key)
+        if kind is int and isinstance(value, float) and value % 1 == 0:
+            value = int(value)
+        if kind and (not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 1)):
+            raise ValueError(f"{self.source}: {key} must be {_NAMES[kind]}, got {_short(value)}.")
+        return value
 
     def __contains__(self, key: object) -> bool:
         self.read.add(str(key))

@@ -134,9 +134,11 @@ class Replica:
             self._take()
 
     def _submit(self, at: float, number: int, request: Traced) -> None:
+        limits = self.engine.limits
+        request = request._replace(prompt=min(request.prompt, limits.max_model_len + 1))  # no more, only to be refused
         params = SamplingParams(temperature=0, max_tokens=request.output, ignore_eos=True, detokenize=False,
                                 output_kind=RequestOutputKind.DELTA)  # fmt: skip
-        prompt = tokens(number, request, self.engine.limits.vocab_size).tolist()
+        prompt = tokens(number, request, limits.vocab_size).tolist()
         try:
             self.engine.submit(str(number), prompt, params)
         except RequestError:  # longer than max_model_len

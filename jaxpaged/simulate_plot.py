@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpaged.request import RequestError
 from jaxpaged.simulate import Result
 
 
@@ -16,6 +17,16 @@ def load_matplotlib() -> Any:
     except ImportError:
         raise RuntimeError('drawing a simulation needs matplotlib: pip install "jaxpaged[plan]"') from None
     return Figure
+
+
+def check_format(path: Path) -> str:
+    """What is drawn into `path`: its ending, "png" without one. RequestError if matplotlib does not draw that."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    found, known = path.suffix[1:].lower() or "png", FigureCanvasBase.get_supported_filetypes()
+    if found not in known:
+        raise RequestError(f"plot must end in one of {', '.join(sorted(known))}, got {str(path)!r}.", "plot")
+    return found
 
 
 def plot(results: Sequence[Result], title: str, path: Path) -> None:
@@ -33,7 +44,7 @@ def plot(results: Sequence[Result], title: str, path: Path) -> None:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format=check_format(path))
 
 
 def _latency(axes: Any, title: str, rates: Sequence[float], summaries: Sequence[dict[str, float]]) -> None:

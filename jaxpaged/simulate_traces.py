@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,8 @@ HASHED = 512  # tokens that a hash_id stands for, in Mooncake's traces
 INPUTS = ("input_length", "ContextTokens", "prompt_tokens", "prompt_len")
 OUTPUTS = ("output_length", "GeneratedTokens", "output_tokens", "output_len")
 SYNTHETIC = {"prompt": 512, "output": 128, "n": 500}
+MOST = 10_000_000  # tokens of a request, or requests: what is more is a mistake, and would not fit in memory
+LATEST = 1e18  # seconds, either way: what is more is a mistake, and nanoseconds of our time are less
 
 
 class Traced(NamedTuple):
@@ -37,13 +40,15 @@ class Traced(NamedTuple):
 
 def read(trace: str, most: int | None = None) -> list[Traced]:
     """The requests in the order of their times; `most`: no more than so many. RequestError names the line that is wrong."""
+    if most is not None and most < 1:
+        raise RequestError(f"num_requests must be a positive integer, got {most}; leave it out to take all.", "num_requests")
     if trace.startswith("synthetic:"):
         return _synthetic(trace.partition(":")[2])[:most]
     path = Path(trace)
     try:
         lines = list(_lines(path))
         found = [_traced(path, number, line) for number, line in lines]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RequestError(f"{trace} cannot be read as a trace: {error}; or give synthetic:prompt=512,output=128,n=500.",
                            "simulate") from None  # fmt: skip
     if not found:
@@ -60,15 +65,13 @@ def _synthetic(text: str) -> list[Traced]:
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         refuse_unknown("a synthetic trace", [name], list(SYNTHETIC))
-        if not value.isdigit() or not int(value):
-            raise RequestError(f"synthetic: {name} must be a positive integer, got {value!r}.", "simulate")
-        values[name] = int(value)
+        values[name] = _positive("synthetic", name, value)
     return [Traced(None, values["prompt"], values["output"])] * values["n"]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Number and fields of each line."""
-    with open(path, encoding="utf-8", newline="") as file:
+    """Number and fields of each line. (utf-8-sig: a mark that some programs put first would be part of the first name.)"""
+    with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             yield from enumerate(csv.DictReader(file), 2)
             return
@@ -101,26 +104,38 @@ def _count(where: str, line: Mapping[str, Any], names: tuple[str, ...]) -> int:
     if name is None:
         raise RequestError(f"{where}: one of {', '.join(names)} is needed; it has {', '.join(map(str, line)) or 'nothing'}.",
                            "simulate")  # fmt: skip
+    return _positive(where, name, line[name])
+
+
+def _positive(where: str, name: str, value: Any) -> int:
     try:
-        value = int(line[name])
-    except (TypeError, ValueError):
-        value = 0
-    if value < 1:
-        raise RequestError(f"{where}: {name} must be a positive integer, got {line[name]!r}.", "simulate")
-    return value
+        found = int(value)
+    except (TypeError, ValueError, OverflowError):
+        found = 0
+    if not 0 < found <= MOST:
+        raise RequestError(f"{where}: {name} must be a positive integer of at most {MOST:,}, got {reprlib.repr(value)}.",
+                           "simulate")  # fmt: skip
+    return found
+
+
+TIMES = {  # seconds of what stands there
+    "timestamp": lambda value: float(value) / 1000,
+    "arrival_time": float,
+    "TIMESTAMP": lambda value: datetime.fromisoformat(value).timestamp(),
+}
 
 
 def _time(where: str, line: Mapping[str, Any]) -> float | None:
+    name = next((name for name in TIMES if name in line), None)
+    if name is None:
+        return None
     try:
-        if "timestamp" in line:
-            return float(line["timestamp"]) / 1000
-        if "arrival_time" in line:
-            return float(line["arrival_time"])
-        if "TIMESTAMP" in line:
-            return datetime.fromisoformat(line["TIMESTAMP"]).timestamp()
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{where}: its time cannot be read ({error}).", "simulate") from None
-    return None
+        seconds = TIMES[name](line[name])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"{where}: its time cannot be read ({name}: {error}).", "simulate") from None
+    if not abs(seconds) < LATEST:  # nor NaN
+        raise RequestError(f"{where}: its time cannot be read ({name}: {line[name]!r} is not finite).", "simulate")
+    return seconds
 
 
 # -- what the scheduler is given -------------------------------------------------------------------------------------------
@@ -132,7 +147,7 @@ def arrivals(requests: list[Traced], rate: float, own: bool, seed: int) -> np.nd
     count = len(requests)
     if own:
         times = np.array([request.at for request in requests], float)
-        return times * ((count - 1) / rate / times[-1]) if count > 1 and times[-1] > 0 else times
+        return times / times[-1] * ((count - 1) / rate) if count > 1 and times[-1] > 0 else times
     return np.cumsum(np.random.default_rng(seed).exponential(1.0, count)) / rate
 
 

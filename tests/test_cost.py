@@ -245,6 +245,14 @@ def test_a_device_of_ones_own(tmp_path):
     ('base = "h200"\nbandwidth = "much"', "bandwidth must be a number above 0"),
     ('base = "h200"\nmemory_efficiency = 1.5', "memory_efficiency must be a number above 0 and at most 1"),
     ('base = "h200"\nname = 5', "name must be a text"),
+    ('base = ["h200"]', r"base must be one of h100, .*; got \['h200'\]"),
+    ('base = "h200"\nmemory = inf', "memory must be a whole number above 0 and at most 1e.30, got inf"),
+    ('base = "h200"\nmemory = nan', "memory must be a whole number above 0"),
+    ('base = "h200"\nmemory = 0.5', "memory must be a whole number above 0"),
+    ('base = "h200"\ncores = 1.5', "cores must be a whole number above 0"),
+    ('base = "h200"\nbandwidth = inf', "bandwidth must be a number above 0 and at most 1e.30, got inf"),
+    ('base = "h200"\nbandwidth = 1' + "0" * 400, "bandwidth must be a number above 0"),
+    ('base = "h200"\nlink_latency = inf', "link_latency must be a number above 0"),
     ("base =", "cannot be read as a device"),
 ])  # fmt: skip
 def test_a_wrong_device_is_refused(tmp_path, text, said):

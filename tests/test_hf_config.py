@@ -88,6 +88,39 @@ def test_what_we_cannot_compute_is_refused(family, changes, message):
         decoder_config(small(family, **changes))
 
 
+def test_a_size_that_is_written_as_a_float_is_that_size(family):
+    assert decoder_config(small(family, num_hidden_layers=7.0, head_dim=16.0)) == decoder_config(small(family))
+
+
+WRONG_KINDS = [
+    ({"hidden_size": "256"}, "hidden_size must be a positive integer, got '256'"),
+    ({"hidden_size": -256}, "hidden_size must be a positive integer, got -256"),
+    ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, got 0"),
+    ({"num_hidden_layers": 4.5}, "num_hidden_layers must be a positive integer, got 4.5"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
+    ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, got True"),
+    ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
+    ({"vocab_size": float("inf")}, "vocab_size must be a positive integer, got inf"),
+    ({"num_key_value_heads": "2"}, "num_key_value_heads must be a positive integer, got '2'"),
+    ({"head_dim": -16}, "head_dim must be a positive integer, got -16"),
+    ({"rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
+    ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
+]
+
+
+@pytest.mark.parametrize("changes, message", WRONG_KINDS, ids=[w[1] for w in WRONG_KINDS])
+def test_a_value_of_the_wrong_kind_is_refused_by_its_key(family, changes, message):
+    with pytest.raises(ValueError, match=f"the config: {message}"):
+        decoder_config(small(family, **changes))
+
+
+def test_a_model_type_and_a_quantisation_have_their_kinds_too():
+    with pytest.raises(ValueError, match="model_type must be a text, got 5"):
+        decoder_config({**CONFIG, "model_type": 5})
+    with pytest.raises(ValueError, match=r"quantization_config must be an object, got \[1\]"):
+        LLM(small("llama", quantization_config=[1]), load_format="dummy", skip_tokenizer_init=True, use_tqdm=False)
+
+
 # -- absent keys -------------------------------------------------------------------------------------------------------
 
 SIZES = {"num_key_value_heads", "head_dim"}  # families differ; a wrong guess does not fit the weights, which is told

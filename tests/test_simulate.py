@@ -90,8 +90,8 @@ def test_a_slow_rate_is_kept_and_a_fast_one_waits():
 
 def test_what_is_too_long_is_refused_and_counted():
     given, plan = on_paper(max_model_len=512)
-    result = simulate.simulate(given, plan, [Traced(None, 600, 4), Traced(None, 100, 4)], 1.0)
-    assert (result.requests, result.refused) == (1, 1)
+    result = simulate.simulate(given, plan, [Traced(None, 600, 4), Traced(None, 100, 4), Traced(None, 10**15, 4)], 1.0)
+    assert (result.requests, result.refused) == (1, 2)
     with pytest.raises(RequestError, match="no request of the trace fits"):
         simulate.simulate(given, plan, [Traced(None, 600, 4)], 1.0)
 
@@ -124,8 +124,14 @@ def test_public_formats_are_read(tmp_path):
 @pytest.mark.parametrize("text, said", [
     ("{}", "line 1: one of input_length"),
     ('{"input_length": 5}', "line 1: one of output_length"),
-    ('\n{"input_length": -5, "output_length": 1}', "line 2: input_length must be a positive integer, got -5"),
+    ('\n{"input_length": -5, "output_length": 1}', "line 2: input_length must be a positive integer .*, got -5"),
     ('{"timestamp": "soon", "input_length": 5, "output_length": 1}', "line 1: its time cannot be read"),
+    ('{"timestamp": NaN, "input_length": 5, "output_length": 1}', r"line 1: its time cannot be read \(timestamp: nan"),
+    ('{"timestamp": Infinity, "input_length": 5, "output_length": 1}', r"line 1: its time cannot be read \(timestamp: inf"),
+    ('{"arrival_time": -1e400, "input_length": 5, "output_length": 1}', r"line 1: its time cannot be .*arrival_time: -inf"),
+    ('{"timestamp": 1%s, "input_length": 5, "output_length": 1}' % ("0" * 400), "line 1: its time cannot be read"),
+    ('{"input_length": 1e400, "output_length": 1}', "input_length must be a positive integer of at most 10,000,000, got inf"),
+    ('{"input_length": 5, "output_length": 1000000000000}', "output_length must be a positive integer of at most 10,000,000"),
     ('{"input_length": 5, "output_length": 1, "hash_ids": "a"}', "hash_ids must be a list of integers"),
     ("[1]", "line 1: an object is needed"),
     ("{", "line 1: not JSON"),
@@ -139,14 +145,30 @@ def test_a_wrong_trace_is_refused_by_line(tmp_path, text, said):
 
 def test_what_is_no_trace_is_refused():
     for trace, said in (("nowhere.jsonl", "cannot be read"), ("synthetic:promt=4", "did you mean 'prompt'"),
-                        ("synthetic:n=0", "n must be a positive integer")):  # fmt: skip
+                        ("synthetic:n=0", "n must be a positive integer"),
+                        ("synthetic:n=1000000000000", "n must be a positive integer of at most"),
+                        ("synthetic:n=²", "n must be a positive integer")):  # fmt: skip
         with pytest.raises(RequestError, match=said):
             read(trace)
+    for most in (0, -1):
+        with pytest.raises(RequestError, match=f"num_requests must be a positive integer, got {most}"):
+            read("synthetic:", most)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("t.csv", "timestamp,input_length,output_length\n1000,5,1\n3000,6,1\n"),
+    ("t.jsonl", '{"timestamp": 1000, "input_length": 5, "output_length": 1}\n'
+                '{"timestamp": 3000, "input_length": 6, "output_length": 1}\n'),
+])  # fmt: skip
+def test_a_byte_order_mark_is_no_part_of_a_trace(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read(str(tmp_path / name)) == [Traced(0.0, 5, 1), Traced(2.0, 6, 1)]
 
 
 def test_arrivals_have_the_rate_that_is_asked_for():
     asked = [Traced(at, 1, 1) for at in (0.0, 1.0, 5.0)]
     assert arrivals(asked, 4.0, True, 0).tolist() == [0.0, 0.1, 0.5]
+    assert arrivals([Traced(at, 1, 1) for at in (0.0, 5e-324)], 4.0, True, 0).tolist() == [0.0, 0.25]
     times = arrivals([Traced(None, 1, 1)] * 4000, 4.0, False, 3)
     assert times[-1] == pytest.approx(1000, rel=0.05) and (np.diff(times) > 0).all()
     assert arrivals([Traced(None, 1, 1)] * 4000, 8.0, False, 3) * 2 == pytest.approx(times)
@@ -162,6 +184,7 @@ def test_a_plot_is_drawn(tmp_path):
     given, plan = on_paper("tiny")
     lines: list[str] = []
     results = simulate.sweep(given, plan, read("synthetic:prompt=20,output=5,n=10"), [1.0, 100.0], progress=lines.append)
-    simulate_plot.plot(results, "tiny", tmp_path / "a" / "b.png")
-    assert (tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("b.png", "without"):
+        simulate_plot.plot(results, "tiny", tmp_path / "a" / name)
+        assert (tmp_path / "a" / name).read_bytes()[:4] == b"\x89PNG"
     assert len(lines) == 3 and lines[1].split()[0] == "1"
