@@ -232,8 +232,11 @@ def test_a_follower_does_not_go_on_after_a_failed_step():
 PARAMS = SamplingParams(n=2, stop=["x"], seed=2**64 - 1, logit_bias={5: 1.5}, allowed_token_ids=[1, 2], bad_words=["q"],
                         prompt_logprobs=1)  # fmt: skip
 REQUEST = Request("a", (1, 2, 70_000), PARAMS, 3, 4, "salt", frozenset({4}), 9, None, ((1, 2), (3,)))
+MOST = SamplingParams(top_k=2**64 - 1, min_tokens=2**64 - 1, max_tokens=2**64 - 1, repetition_penalty=10**30, seed=-(2**63),
+                      presence_penalty=1, temperature=2, top_p=1, min_p=1, stop_token_ids=[2**64 - 1],
+                      logit_bias={2**64 - 1: -100})  # fmt: skip  # whatever a request may say fits into a message
 RECORDS = [
-    Added(REQUEST), Aborted(("a/0", "ü")), Reset(), Scheduled(), Failed(True),
+    Added(REQUEST), Added(Request("b", (1,), MOST, -(2**63))), Aborted(("a/0", "ü")), Reset(), Scheduled(), Failed(True),
     Committed(np.array([5, -1], np.int32), np.array([True, False]), ((3, 2**40),)),
 ]  # fmt: skip
 
