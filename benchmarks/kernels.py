@@ -38,6 +38,7 @@ from benchmarks import common, kernel_cases, kernel_report, kernel_rivals
 from benchmarks.kernel_cases import Arguments, Case
 from benchmarks.kernel_report import Row
 from benchmarks.kernel_timing import INTERPRETER, WALL, Contender, Timer, ceilings, errors, make_sets, measure, num_sets, ours
+from jaxpaged.memory import POOL_VARIABLES
 from pallas_kernels.ops import BACKENDS
 
 Tell = Callable[[dict[str, Any]], None]
@@ -382,7 +383,8 @@ class Parent:
 def _environment(options: argparse.Namespace) -> dict[str, str]:
     """Of the child. Command buffers would hide kernels from the profiler; torch needs some of the memory."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.7", **os.environ, "XLA_FLAGS": flags,
+    memory = {} if any(map(os.environ.get, POOL_VARIABLES)) else {POOL_VARIABLES[0]: "0.7"}
+    return {**os.environ, **memory, "XLA_FLAGS": flags,
             **({"JAX_PLATFORMS": "cpu"} if options.interpret else {})}  # fmt: skip
 
 

@@ -75,7 +75,7 @@ class Member:
 def join(place: Place, config: EngineConfig) -> Member:
     """Waits for the other processes. ClusterError if they do not come, RequestError if they are not alike."""
     _initialize(place)
-    memory.devices(config.gpu_memory_utilization)
+    memory.devices(config.gpu_memory_utilization)  # now JAX starts on them
     state = distributed.global_state
     member = Member(state.process_id, state.num_processes)
     connected = _lead if member.rank == 0 else _follow

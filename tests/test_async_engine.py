@@ -253,7 +253,8 @@ def test_what_is_not_a_request_does_not_wait():
         for i in range(9):
             engine.abort(f"unknown {i}")
         engine.engine.reset_prefix_cache()
-        second = engine.submit("1", [1], params())
+        second = engine.submit("1", [1], params())  # a limit of 2 is not reached
+        assert engine.engine.num_queued == 0
         engine.engine.runner.gate.set()
         await asyncio.gather(first.last(), second.last())
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -313,7 +314,6 @@ def test_ctrl_c_leaves_nothing_behind(llm, monkeypatch):
 
 
 def test_nan_weights_end_the_request_with_an_error(llm):
-    import jax
     import jax.numpy as jnp
 
     from jaxpaged.stage import abstract_decoder
@@ -332,6 +332,15 @@ def test_params_in_memory_equal_the_checkpoint(llm):
     leaves = dict(llm.engine.runner.leaves)
     with LLM(CONFIG, params=leaves, **{**ENGINE, "load_format": "auto"}, enforce_eager=True) as other:
         assert tokens(run(other, PROMPTS)) == tokens(run(llm, PROMPTS))
+
+
+def test_what_has_been_closed_takes_no_memory_again():
+    llm = LLM(CONFIG, **ENGINE, enforce_eager=True)
+    llm.close()
+    before = len(jax.live_arrays())
+    with pytest.raises(RequestError, match="has been closed; build another one"):
+        run(llm, PROMPTS)
+    assert len(jax.live_arrays()) <= before
 
 
 def test_cache_too_small_for_one_sequence_names_what_fits():

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
@@ -17,7 +18,7 @@ from test_lora import GREEDY as LORA_GREEDY
 from test_lora import check
 from tiny_lora import three as three
 
-from jaxpaged import LLM, BeamSearchParams, LoRARequest, RequestError, SamplingParams, build_replicas, stepping
+from jaxpaged import LLM, BeamSearchParams, LoRARequest, RequestError, SamplingParams, build_replicas, memory, stepping
 from jaxpaged.build_replicas import build_replicas as build
 from jaxpaged.config import EngineConfig
 from jaxpaged_server.options import ServerOptions
@@ -51,8 +52,6 @@ def nothing_is_left(request):
 
 
 def test_each_engine_is_on_a_device_of_its_own(two):
-    import jax
-
     devices = [{str(d) for leaf in jax.tree.leaves(engine.runner.leaves) for d in leaf.devices()} for engine in two.engines]
     assert devices == [{str(jax.devices()[0])}, {str(jax.devices()[1])}]
     assert two.get_world_size() == 2
@@ -233,3 +232,20 @@ def test_the_demo_model_answers_the_same_offline_and_over_http():
         counts = re.findall(r"jaxpaged:generation_tokens_total{(.*?)} (\S+)", httpx.get(f"{live.base_url}/metrics").text)
         assert [labels for labels, _ in counts] == [f'engine="{i}",model_name="demo"' for i in range(2)]
         assert all(float(count) > 0 for _, count in counts)
+
+
+def test_engines_are_as_long_as_the_first_one_says(monkeypatch):
+    """Where devices have unlike memory: what the first engine takes, all take, or say that they cannot."""
+    options = {name: value for name, value in ENGINE.items() if name != "use_tqdm"}
+    config = EngineConfig(**options, data_parallel_size=2)
+    small, large = jax.devices()[:2]
+    limits = {small: 221_000, large: 2_000_000}
+    monkeypatch.setattr(memory, "device_limit", lambda device, share: limits[device])
+    built = build(config, CONFIG, progress=False)
+    lengths = [one.engine.limits.max_model_len for one in built]
+    for one in built:
+        one.engine.close()
+    assert lengths[0] == lengths[1] < CONFIG["max_position_embeddings"]
+    limits.update({small: limits[large], large: limits[small]})
+    with pytest.raises(RequestError, match="set max_model_len to at most"):
+        build(config, CONFIG, progress=False)

@@ -72,3 +72,10 @@ def test_weights_that_leave_nothing_are_named_and_not_the_length():
     with pytest.raises(RequestError, match="set max_model_len to at most 32"):
         memory.plan(config, LIMITS, 1000, 900, 76, 8)
     assert memory.plan(config, LIMITS, 1000, 900, 60, 8).num_pages == 5
+
+
+def test_the_cache_of_a_cpu_is_for_all_its_devices_together():
+    """They share one memory."""
+    many = {"max_model_len": 64, "max_num_seqs": 2**30, "max_num_batched_tokens": 2**30}
+    pages = lambda **sizes: memory.plan(EngineConfig(**many, **sizes), LIMITS, None, 0, 0, 2**20).num_pages
+    assert 4 * pages(tensor_parallel_size=2, data_parallel_size=2) == 2 * pages(pipeline_parallel_size=2) == pages() <= 1024

@@ -356,3 +356,28 @@ def test_after_a_death_there_are_no_more_requests(monkeypatch):
         await replicas.close()
 
     asyncio.run(main())
+
+
+def test_a_prompt_whose_client_leaves_before_its_turn_is_no_load():
+    """One seat each: the long prompt waits behind another request, which goes on."""
+
+    async def test():
+        limits = Limits(
+            max_num_seqs=1, max_num_batched_tokens=64, page_size=4, num_pages=600, max_model_len=2000, vocab_size=VOCAB
+        )
+        replicas = Replicas([Engine(limits, FakeRunner(limits, step_seconds=0.01), ladder(64, 1)) for _ in range(2)])
+        replicas.start()
+        greedy = SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True, detokenize=False)
+        for name in ("a", "b"):
+            replicas.submit(name, [1, 2], greedy)
+        long = replicas.submit("long", list(range(50)) * 3, SamplingParams(temperature=0, max_tokens=1, detokenize=False))
+        loads = replicas.router.loads
+        long.close()
+        while replicas.router.engine_of("long") is not None:
+            await asyncio.sleep(0.005)
+        assert all(replicas.router.engine_of(name) is not None for name in ("a", "b")), "they go on"
+        assert max(replicas.router.loads) < max(loads) - 100
+        await replicas.drain(0)
+        await replicas.close()
+
+    asyncio.run(test())
